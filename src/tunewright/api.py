@@ -1,0 +1,114 @@
+"""The verbs of the command line for a notebook.
+
+import tunewright
+
+life = tunewright.open("recipe.yaml")
+life.check()
+life.run(until="evaluate")
+life.report["comparison"]["verdict"]
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from tunewright import destroy as removal
+from tunewright import life, plan, summary
+from tunewright import recipe as recipes
+from tunewright.backends import base as backends
+from tunewright.errors import RunError
+from tunewright.life import Checked, Outcome, Watcher
+from tunewright.recipe import Recipe
+from tunewright.run import STAGES, Run
+
+DEFAULT_RUNS = "runs"
+
+
+class Life:
+    """A recipe or a run, and what can be done with it. Every verb may be repeated; what is done stays done."""
+
+    def __init__(self, recipe: Recipe, runs: Path, *, run: Run | None = None, resume: bool | None = None) -> None:
+        self.recipe = recipe
+        self.runs = runs
+        self._run = run
+        self._resume = resume
+
+    @property
+    def folder(self) -> Run:
+        """The run folder: the one that was opened, an unfinished one of this recipe, or a new one."""
+        if self._run is None:
+            self._run = life.start(self.recipe, self.runs, resume=self._resume)
+        return self._run
+
+    @property
+    def report(self) -> dict[str, Any]:
+        """evaluate/report.json."""
+        return self.folder.manifest("evaluate")
+
+    def check(self) -> Checked:
+        """Everything that would fail, found without training."""
+        return life.check(self.recipe)
+
+    def plan(self) -> dict[str, Any]:
+        """Tokens, steps, time, memory, and what will be made."""
+        return plan.estimate(self.recipe, life.resolve(self.recipe, self.check(), self.runs))
+
+    def run(self, *, until: str = "test", watcher: Watcher | None = None) -> Outcome:
+        """Every stage up to `until` that is not done yet."""
+        return life.advance(self.folder, until=until, watcher=watcher)
+
+    def prepare(self, *, watcher: Watcher | None = None) -> Outcome:
+        return self.run(until="prepare", watcher=watcher)
+
+    def train(self, *, watcher: Watcher | None = None) -> Outcome:
+        return self.run(until="train", watcher=watcher)
+
+    def evaluate(self, *, watcher: Watcher | None = None) -> Outcome:
+        return self.run(until="evaluate", watcher=watcher)
+
+    def package(self, *, watcher: Watcher | None = None) -> Outcome:
+        return self.run(until="package", watcher=watcher)
+
+    def deploy(self, *, watcher: Watcher | None = None) -> Outcome:
+        return self.run(until="deploy", watcher=watcher)
+
+    def test(self, *, watcher: Watcher | None = None) -> Outcome:
+        return self.run(until="test", watcher=watcher)
+
+    def show(self) -> dict[str, Any]:
+        """What is known about the run."""
+        return summary.facts(self.folder)
+
+    def destroy(self, *, files: bool = False) -> list[removal.Removed]:
+        """Stop and remove everything that the run made outside its folder; with `files` the folder too."""
+        return removal.destroy(self.folder, backends.backend(self.recipe), files=files)
+
+
+def open(
+    path: str | Path, *, runs: str | Path = DEFAULT_RUNS, overrides: Iterable[str] = (), resume: bool | None = None
+) -> Life:
+    """A recipe file or a run folder, ready for its verbs.
+
+    Args:
+        path: recipe.yaml, or a run folder (or the id of one in `runs`).
+        runs: the folder of all runs.
+        overrides: `key=value`, as after `--set`; for a recipe only.
+        resume: True insists on an unfinished run of the recipe, False on a new one.
+
+    Raises:
+        RecipeError, RunError: it is neither, or says something that cannot be done.
+    """
+    given, runs, overrides = Path(path), Path(runs), list(overrides)
+    folder = next((one for one in (given, runs / given) if (one / "state.json").is_file()), None)
+    if folder is not None or given.is_dir():
+        run = Run.open(folder or given)
+        if overrides:
+            raise RunError(f"{path}: --set is for recipes; this run's recipe is settled. Start a new run from a recipe")
+        return Life(run.recipe(), run.path.parent, run=run)
+    recipe = recipes.load(given, overrides)
+    return Life(life.located(recipe, given.absolute().parent), runs, resume=resume)
+
+
+__all__ = ["DEFAULT_RUNS", "STAGES", "Life", "open"]

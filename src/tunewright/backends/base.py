@@ -1,0 +1,127 @@
+"""The contract between a run's life and the place where its stages happen.
+
+A backend is asked for a stage, never told how. "Do `train` for this run" fits a local process, a Spark job, a
+Databricks job and a hosted fine-tuning API equally well. Backends register by the entry point group
+`tunewright.backends`; the built-in ones too.
+"""
+
+from __future__ import annotations
+
+import difflib
+from dataclasses import dataclass, field
+from importlib.metadata import entry_points
+from typing import Any, Literal, Protocol, runtime_checkable
+
+from tunewright.errors import RecipeError
+from tunewright.recipe import Recipe
+from tunewright.run import Run
+
+STAGES = ("prepare", "train", "evaluate", "package")
+"""The stages that a backend is asked for."""
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Something that would fail, or would not be as asked, at this backend."""
+
+    message: str
+    severity: Literal["error", "warning"] = "error"
+
+
+@dataclass(frozen=True)
+class Job:
+    """A stage that was handed over."""
+
+    stage: str
+    id: str
+
+
+@dataclass(frozen=True)
+class Status:
+    """How a job stands. `lost`: the backend no longer knows of it; hand it over again."""
+
+    state: Literal["running", "done", "failed", "cancelled", "lost"]
+    kind: str = ""
+    """For failed: the error's class name in `errors`."""
+    message: str = ""
+    """For failed: one line for a person."""
+
+
+@dataclass(frozen=True)
+class Resource:
+    """Something that stands somewhere because of a run."""
+
+    kind: str
+    name: str
+    facts: dict[str, Any] = field(default_factory=dict)
+    entry: str | None = None
+    """Its entry in the run's ledger; None for what was found there but is not recorded."""
+
+
+class Backend(Protocol):
+    """A place where stages happen."""
+
+    def check(self, recipe: Recipe, stages: tuple[str, ...]) -> list[Problem]:
+        """Everything that would fail here, found without spending. Unsupported is an error, never ignored."""
+        ...
+
+    def submit(self, stage: str, run: Run) -> Job:
+        """Hand a stage over and return at once. Asking twice gives the same job while it runs."""
+        ...
+
+    def poll(self, job: Job, run: Run) -> Status:
+        """How a job stands; never waits. A forgotten job is `lost`."""
+        ...
+
+    def collect(self, job: Job, run: Run) -> None:
+        """Bring a done job's files into the run folder. Safe to repeat."""
+        ...
+
+    def cancel(self, job: Job, run: Run) -> None:
+        """Stop a job; returns when it has stopped. Stopping what is not running is fine."""
+        ...
+
+    def find(self, run: Run) -> list[Resource]:
+        """Everything that stands because of this run, recorded or not."""
+        ...
+
+    def remove(self, resource: Resource, run: Run) -> Literal["gone", "going"]:
+        """Remove a resource. Absent is gone; `going` means ask again."""
+        ...
+
+
+@runtime_checkable
+class Serves(Protocol):
+    """The extra of backends that can put a packaged model behind an endpoint."""
+
+    def deploy(self, run: Run) -> dict[str, Any]:
+        """Serve the run's packaged model and return once it answers. Asking twice gives the same endpoint.
+
+        Returns:
+            base_url, model, and what else a client should know (never a key).
+
+        Raises:
+            EndpointError: the port is in use, or the rendering differs from training.
+        """
+        ...
+
+    def undeploy(self, run: Run) -> None:
+        """Stop serving. Stopping what is not there is fine."""
+        ...
+
+
+def backend(recipe: Recipe) -> Backend:
+    """The backend that a recipe names, with its settings checked.
+
+    Raises:
+        RecipeError: there is none of that name, or its table holds something it does not know.
+    """
+    kinds = {point.name: point for point in entry_points(group="tunewright.backends")}
+    kind = recipe.backend.kind
+    if kind not in kinds:
+        near = difflib.get_close_matches(kind, kinds, n=1)
+        hint = f"did you mean {near[0]!r}?" if near else f"there are: {', '.join(sorted(kinds))}"
+        raise RecipeError(f"backend.kind: no backend {kind!r}; {hint}")
+    settings = {key: value for key, value in recipe.backend.model_dump().items() if key != "kind"}
+    made: Backend = kinds[kind].load()(settings)
+    return made

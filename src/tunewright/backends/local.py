@@ -1,0 +1,277 @@
+"""This machine: each stage is a child process, and the endpoint is one that stays.
+
+A child lives in a session of its own, so killing the command that started it does not kill training: the same command
+again finds it and looks on. Ctrl-C does stop it, at the end of a step, with a checkpoint.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from typing import Any, Literal
+
+import psutil
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from tunewright import errors
+from tunewright.backends.base import Job, Problem, Resource, Status
+from tunewright.errors import EndpointError, RecipeError, StageError
+from tunewright.recipe import Recipe
+from tunewright.run import Run, now, read_json, write_json, write_text
+
+CANCEL_S = 60
+"""How long a stage has to finish its step and write a checkpoint before it is killed."""
+START_S = 300
+"""How long an endpoint has to load its weights."""
+
+DIRECT = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+"""Loopback is never asked through a proxy."""
+
+
+class Settings(BaseModel):
+    """The rest of the recipe's `backend` table."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    threads: int | None = Field(default=None, ge=1)
+    """Threads for arithmetic. Default: as many as the libraries take."""
+
+
+class LocalBackend:
+    """Stages as child processes of this machine."""
+
+    def __init__(self, settings: dict[str, Any]) -> None:
+        try:
+            self.settings = Settings.model_validate(settings)
+        except ValidationError as error:
+            first = error.errors()[0]
+            key = ".".join(map(str, first["loc"]))
+            known = ", ".join(Settings.model_fields)
+            what = f"unknown key; known: {known}" if first["type"] == "extra_forbidden" else first["msg"]
+            raise RecipeError(f"backend.{key}: {what} (backend.kind: local)") from None
+
+    def check(self, recipe: Recipe, stages: tuple[str, ...]) -> list[Problem]:
+        problems = []
+        if "deploy" in stages:
+            if recipe.deploy.content_filter != "off":
+                problems.append(
+                    Problem(
+                        f"deploy.content_filter: {recipe.deploy.content_filter}: the local endpoint has no content "
+                        "filter yet, answers are served as they are",
+                        "warning",
+                    )
+                )
+            port = recipe.deploy.port
+            if port and not _is_free(recipe.deploy.host, port):
+                problems.append(
+                    Problem(
+                        f"deploy.port: {port} on {recipe.deploy.host} is in use; set another, or leave it out for any "
+                        "free one"
+                    )
+                )
+        return problems
+
+    def submit(self, stage: str, run: Run) -> Job:
+        alive = _process(run, stage)
+        if alive is None:
+            run.failure_file(stage).unlink(missing_ok=True)
+            run.progress_file(stage).unlink(missing_ok=True)
+            alive = self._start(stage, run, [stage, str(run.path)])
+        return Job(stage, str(alive.pid))
+
+    def poll(self, job: Job, run: Run) -> Status:
+        if (process := _process(run, job.stage)) is not None and process.pid == int(job.id):
+            return Status("running")
+        if run.manifest_file(job.stage).is_file():
+            return Status("done")
+        if run.failure_file(job.stage).is_file():
+            failure = read_json(run.failure_file(job.stage))
+            if failure["kind"] == "Interrupted":
+                return Status("cancelled", message=failure["message"])
+            return Status("failed", failure["kind"], failure["message"])
+        return Status("lost")
+
+    def collect(self, job: Job, run: Run) -> None:
+        """Nothing to bring: the child wrote into the run folder."""
+
+    def cancel(self, job: Job, run: Run) -> None:
+        _stop(_process(run, job.stage))
+        run.job_file(job.stage).unlink(missing_ok=True)
+
+    def find(self, run: Run) -> list[Resource]:
+        recorded = [
+            Resource(entry["kind"], entry["name"], entry, entry["entry"])
+            for entry in run.resources()
+            if entry["is"] != "gone"
+        ]
+        pids = {resource.facts.get("pid") for resource in recorded}
+        strays = [
+            Resource("process", f"{stage} of {run.id}", {"pid": process.pid, "stage": stage})
+            for process, stage in _processes_of(run)
+            if process.pid not in pids
+        ]
+        return recorded + strays
+
+    def remove(self, resource: Resource, run: Run) -> Literal["gone", "going"]:
+        if resource.kind != "process":
+            raise StageError(f"the local backend does not remove a {resource.kind}")
+        for process, stage in _processes_of(run):
+            if stage == resource.facts.get("stage"):
+                _stop(process)
+        return "gone"
+
+    def deploy(self, run: Run) -> dict[str, Any]:
+        recipe = run.recipe()
+        host = recipe.deploy.host
+        if (alive := _process(run, "deploy")) is not None:
+            known = read_json(run.job_file("deploy"))
+            if known.get("base_url") and _answers(known["base_url"]):
+                return _endpoint(run, known)
+            _stop(alive)
+        port = recipe.deploy.port or _free_port(host)
+        for key_file, prefix in ((run.key_file, "tw"), (run.test_key_file, "tw-test")):
+            if not key_file.is_file():
+                write_text(key_file, f"{prefix}-{secrets.token_urlsafe(24)}\n", mode=0o600)
+        run.failure_file("deploy").unlink(missing_ok=True)
+        entry = run.intend("process", f"endpoint {recipe.endpoint_name}", stage="deploy", port=port)
+        process = self._start("deploy", run, ["serve", str(run.path), "--host", host, "--port", str(port)])
+        base_url = f"http://{host}:{port}/v1"
+        write_json(run.job_file("deploy"), read_json(run.job_file("deploy")) | {"base_url": base_url, "entry": entry})
+        run.made(entry, pid=process.pid, base_url=base_url)
+        deadline = time.monotonic() + START_S
+        while not _answers(base_url):
+            if not process.is_running() or process.status() == psutil.STATUS_ZOMBIE:
+                process.wait()
+                run.gone(entry)
+                raise _failure(run, "deploy")
+            if time.monotonic() > deadline:
+                _stop(process)
+                run.gone(entry)
+                raise StageError(f"the endpoint did not answer within {START_S} s; see {run.log_file('deploy')}")
+            time.sleep(0.1)
+        return _endpoint(run, read_json(run.job_file("deploy")))
+
+    def undeploy(self, run: Run) -> None:
+        _stop(_process(run, "deploy"))
+        run.job_file("deploy").unlink(missing_ok=True)
+
+    def _start(self, stage: str, run: Run, arguments: list[str]) -> psutil.Process:
+        environment = dict(os.environ)
+        if self.settings.threads:
+            environment |= {
+                "OMP_NUM_THREADS": str(self.settings.threads),
+                "MKL_NUM_THREADS": str(self.settings.threads),
+            }
+        log = run.log_file(stage)
+        log.parent.mkdir(parents=True, exist_ok=True)
+        with log.open("ab") as output:
+            child = subprocess.Popen(
+                [sys.executable, "-m", "tunewright.work", *arguments],
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                env=environment,
+                start_new_session=True,
+            )
+        process = psutil.Process(child.pid)
+        job = {"pid": child.pid, "created": process.create_time(), "at": now(), "stage": stage}
+        write_json(run.job_file(stage), job)
+        return process
+
+
+def _endpoint(run: Run, job: dict[str, Any]) -> dict[str, Any]:
+    recipe = run.recipe()
+    return {
+        "base_url": job["base_url"],
+        "model": recipe.endpoint_name,
+        "key_file": str(run.key_file),
+        "pid": job["pid"],
+        "entry": job["entry"],
+        "tokens_per_minute": recipe.deploy.tokens_per_minute,
+        "content_filter": "none",
+    }
+
+
+def _process(run: Run, stage: str) -> psutil.Process | None:
+    """The stage's process, if it is still that process and still runs."""
+    if not run.job_file(stage).is_file():
+        return None
+    job = read_json(run.job_file(stage))
+    try:
+        process = psutil.Process(job["pid"])
+        if abs(process.create_time() - job["created"]) < 0.01 and process.status() != psutil.STATUS_ZOMBIE:
+            return process
+        if process.status() == psutil.STATUS_ZOMBIE and process.ppid() == os.getpid():
+            process.wait()
+    except psutil.NoSuchProcess:
+        return None
+    return None
+
+
+def _processes_of(run: Run) -> list[tuple[psutil.Process, str]]:
+    """Every process on this machine that works for this run, whether or not a job file names it."""
+    found = []
+    for process in psutil.process_iter(["cmdline"]):
+        words = process.info["cmdline"] or []
+        if "tunewright.work" in words and str(run.path) in words:
+            stage = words[words.index("tunewright.work") + 1]
+            found.append((process, "deploy" if stage == "serve" else stage))
+    return found
+
+
+def _stop(process: psutil.Process | None) -> None:
+    """End a process: politely, then not."""
+    if process is None:
+        return
+    try:
+        process.send_signal(signal.SIGTERM)
+        try:
+            process.wait(CANCEL_S)
+        except psutil.TimeoutExpired:
+            process.kill()
+            process.wait(10)
+    except psutil.NoSuchProcess:
+        return
+
+
+def _failure(run: Run, stage: str) -> errors.TunewrightError:
+    if run.failure_file(stage).is_file():
+        failure = read_json(run.failure_file(stage))
+        return errors.from_name(failure["kind"], failure["message"])
+    return StageError(f"{stage} ended without saying why; see {run.log_file(stage)}")
+
+
+def _answers(base_url: str) -> bool:
+    try:
+        with DIRECT.open(f"{base_url.removesuffix('/v1')}/healthz", timeout=5) as reply:
+            return bool(json.load(reply)["status"] == "ok")
+    except (urllib.error.URLError, ConnectionError, TimeoutError, ValueError, KeyError):
+        return False
+
+
+def _is_free(host: str, port: int) -> bool:
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError:
+            return False
+    return True
+
+
+def _free_port(host: str) -> int:
+    with socket.socket() as probe:
+        try:
+            probe.bind((host, 0))
+        except OSError as error:
+            raise EndpointError(f"deploy.host: {host} is not an address of this machine ({error.strerror})") from None
+        port: int = probe.getsockname()[1]
+        return port

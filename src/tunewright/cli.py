@@ -1,0 +1,335 @@
+"""The command line: each command is a few lines over the library.
+
+What a program reads goes to standard output, everything else to standard error. Exit codes: 0 done, 1 a fault of ours
+or of the machine, 2 the input is wrong, 3 evaluated and not better than `must_beat`, 130 stopped by Ctrl-C.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from tunewright import __version__, errors
+
+if TYPE_CHECKING:
+    from tunewright.api import Life
+
+app = typer.Typer(
+    name="tunewright",
+    help="Fine-tune a language model on your own data, prove that it got better, serve it behind the OpenAI API.",
+    epilog="Exit codes: 0 done, 1 a fault of ours or of the machine, 2 the input is wrong, 3 not better than "
+    "must_beat, 130 stopped by Ctrl-C.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+)
+
+RunsOption = Annotated[
+    Path, typer.Option("--runs", metavar="DIR", help="The folder of all runs.", envvar="TUNEWRIGHT_RUNS")
+]
+SetOption = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="Change a key of the recipe, such as train.learning_rate=1e-4."),
+]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON to standard output.")]
+RecipeOrRun = Annotated[Path, typer.Argument(metavar="RECIPE|RUN", help="A recipe file, or a run folder.")]
+RunFolder = Annotated[Path, typer.Argument(metavar="RUN", help="A run folder, or its name in the runs folder.")]
+ResumeOption = Annotated[
+    bool | None,
+    typer.Option(
+        "--resume/--fresh",
+        help="Insist on going on with an unfinished run, or on a new one. "
+        "Default: go on if there is an unfinished run of the same recipe on the same data.",
+    ),
+]
+AgainOption = Annotated[bool, typer.Option("--again", help="Do this stage again, and forget the stages after it.")]
+RUNS = Path("runs")
+
+
+def main() -> None:
+    """The entry point: runs a command and turns errors into one line and an exit code."""
+    import click
+
+    try:
+        code = app(standalone_mode=False)
+    except click.exceptions.Exit as leave:
+        code = leave.exit_code
+    except click.ClickException as error:
+        error.show()
+        code = errors.BAD_INPUT
+    except (KeyboardInterrupt, click.Abort):
+        print("\nstopped; the same command again goes on from here", file=sys.stderr)
+        code = errors.INTERRUPTED
+    except BrokenPipeError:
+        code = 0
+    except Exception as error:  # noqa: BLE001 - the edge of the program: nothing is hidden, it is said in one line
+        code = _explain(error)
+    sys.exit(code if isinstance(code, int) else 0)
+
+
+@app.callback(invoke_without_command=True)
+def _root(version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False) -> None:
+    if version:
+        print(__version__)
+        raise typer.Exit
+
+
+@app.command()
+def init(
+    data: Annotated[
+        str, typer.Argument(metavar="DATA", help="A data file, a glob, or a hub data set such as imdb:train.")
+    ],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Where to write the recipe.")] = Path("recipe.yaml"),
+    model: Annotated[str, typer.Option(help="The base: a hub name, a folder, or starter.")] = "starter",
+    name: Annotated[str | None, typer.Option(help="The recipe's name. Default: from the file's name.")] = None,
+    test: Annotated[
+        str | None, typer.Option(help="The test set. Default: test.* beside train.*, else a tenth is held out.")
+    ] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace a recipe that is there.")] = False,
+) -> None:
+    """Write a recipe for your data."""
+    from tunewright import recipe
+    from tunewright.data import guess
+
+    if output.exists() and not force:
+        raise errors.RecipeError(f"{output}: is there already; --force replaces it, --output names another")
+    text = guess.recipe_for(data, model=model, name=name, test=test)
+    recipe.loads(text, str(output))
+    output.write_text(text)
+    _say(text)
+    _say(f"next: tunewright check {output}, then tunewright run {output}")
+    print(output)
+
+
+@app.command()
+def check(recipe: RecipeOrRun, sets: SetOption = None, as_json: JsonOption = False) -> None:
+    """Find everything that would fail: the recipe, the model, every row of the data."""
+    from tunewright import screen
+
+    life = _open(recipe, RUNS, sets)
+    checked = life.check()
+    if as_json:
+        print(json.dumps(screen.checked_json(checked), indent=1))
+    else:
+        screen.checked(checked)
+    raise typer.Exit(errors.BAD_INPUT if checked.errors else errors.DONE)
+
+
+@app.command()
+def plan(recipe: RecipeOrRun, runs: RunsOption = RUNS, sets: SetOption = None, as_json: JsonOption = False) -> None:
+    """Say what a run will take: tokens, steps, time, memory, cost, and everything that it will make."""
+    from tunewright import screen
+
+    planned = _open(recipe, runs, sets).plan()
+    if as_json:
+        print(json.dumps(planned, indent=1))
+    else:
+        screen.plan(planned)
+
+
+@app.command()
+def run(
+    recipe: RecipeOrRun,
+    runs: RunsOption = RUNS,
+    until: Annotated[str, typer.Option(metavar="STAGE", help="The last stage to do.")] = "test",
+    sets: SetOption = None,
+    resume: ResumeOption = None,
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask before spending money.")] = False,
+) -> None:
+    """Take a recipe from data to a tested endpoint. The last line of standard output is the run folder's path."""
+    from tunewright.run import STAGES
+
+    if until not in STAGES:
+        raise errors.RecipeError(f"--until {until}: no such stage; stages are {', '.join(STAGES)}")
+    _advance(_open(recipe, runs, sets, resume), until, verdict_counts=True)
+
+
+@app.command()
+def prepare(recipe: RecipeOrRun, runs: RunsOption = RUNS, sets: SetOption = None, again: AgainOption = False) -> None:
+    """Read, check, split and select the data."""
+    _stage("prepare", recipe, runs, sets, again)
+
+
+@app.command()
+def train(
+    recipe: RecipeOrRun,
+    runs: RunsOption = RUNS,
+    sets: SetOption = None,
+    again: AgainOption = False,
+    resume: ResumeOption = None,
+) -> None:
+    """Train, going on from the last checkpoint where there is one."""
+    _stage("train", recipe, runs, sets, again, resume)
+
+
+@app.command()
+def evaluate(recipe: RecipeOrRun, runs: RunsOption = RUNS, sets: SetOption = None, again: AgainOption = False) -> None:
+    """Compare the tuned model with its base and the baselines on the same held-out rows."""
+    _stage("evaluate", recipe, runs, sets, again, verdict_counts=True)
+
+
+@app.command()
+def package(recipe: RecipeOrRun, runs: RunsOption = RUNS, sets: SetOption = None, again: AgainOption = False) -> None:
+    """Write the merged model, its adapter, golden token ids and card, and register it."""
+    _stage("package", recipe, runs, sets, again)
+
+
+@app.command()
+def deploy(recipe: RecipeOrRun, runs: RunsOption = RUNS, sets: SetOption = None, again: AgainOption = False) -> None:
+    """Serve the packaged model behind the OpenAI API."""
+    _stage("deploy", recipe, runs, sets, again)
+
+
+@app.command()
+def test(recipe: RecipeOrRun, runs: RunsOption = RUNS, sets: SetOption = None, again: AgainOption = False) -> None:
+    """Ask the endpoint what was asked offline, and compare."""
+    _stage("test", recipe, runs, sets, again)
+
+
+@app.command()
+def destroy(
+    run: RunFolder,
+    runs: RunsOption = RUNS,
+    files: Annotated[bool, typer.Option("--files", help="Remove the run folder too.")] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Stop the endpoint, remove the registered model, end the MLflow run. The run folder stays unless --files."""
+    removed = _open_run(run, runs).destroy(files=files)
+    if as_json:
+        print(json.dumps([one.__dict__ for one in removed], indent=1))
+        return
+    for one in removed:
+        _say(f"{one.kind} {one.name}: {one.what}")
+    if not removed:
+        _say("nothing to remove")
+
+
+@app.command("runs")
+def list_runs(runs: RunsOption = RUNS, as_json: JsonOption = False) -> None:
+    """List the runs: how far each got, and its verdict."""
+    from tunewright import run as run_folders
+    from tunewright import screen, summary
+
+    found = [summary.facts(one) for one in run_folders.list_runs(runs)]
+    if as_json:
+        print(json.dumps(found, indent=1))
+    else:
+        screen.runs(found, runs)
+
+
+@app.command()
+def show(run: RunFolder, runs: RunsOption = RUNS, as_json: JsonOption = False) -> None:
+    """Show a run: its stages, its data, the loss as a curve, the result, the endpoint."""
+    from tunewright import screen
+
+    life = _open_run(run, runs)
+    if as_json:
+        print(json.dumps(life.show() | {"metrics": life.folder.metrics()}, indent=1))
+    else:
+        screen.show(life.folder, life.show())
+
+
+@app.command()
+def schema() -> None:
+    """Print the JSON Schema of a recipe, for editors."""
+    from tunewright import recipe
+
+    print(json.dumps(recipe.json_schema(), indent=1))
+
+
+@app.command()
+def demo(
+    runs: RunsOption = RUNS, fresh: Annotated[bool, typer.Option("--fresh", help="Start a new run.")] = False
+) -> None:
+    """Fine-tune the small model that ships with Tunewright on the data that ships with it, all stages, offline."""
+    from tunewright import run as run_folders
+    from tunewright import screen, starter
+
+    for earlier in run_folders.list_runs(runs):
+        if earlier.recipe().name == "demo" and not earlier.destroyed and earlier.status("test") == "done":
+            _open_run(earlier.path, runs).destroy()
+    life = _open(starter.recipe_path(), runs, None, False if fresh else None)
+    code = _advance(life, "test", verdict_counts=True, leave=False)
+    screen.next_steps(life.folder)
+    print(life.folder.path)
+    raise typer.Exit(code)
+
+
+def _stage(
+    stage: str,
+    path: Path,
+    runs: Path,
+    sets: list[str] | None,
+    again: bool,
+    resume: bool | None = None,
+    *,
+    verdict_counts: bool = False,
+) -> None:
+    """One stage (and those before it that are not done)."""
+    life = _open(path, runs, sets, resume)
+    if life.folder.status(stage) == "done":
+        if not again:
+            _say(f"{stage} is done already; --again does it again")
+        else:
+            life.folder.reset(stage)
+    _advance(life, stage, verdict_counts=verdict_counts)
+
+
+def _advance(life: Life, until: str, *, verdict_counts: bool, leave: bool = True) -> int:
+    from tunewright import screen
+
+    with screen.Watching() as watcher:
+        _say(f"run folder: {life.folder.path}")
+        outcome = life.run(until=until, watcher=watcher)
+    screen.outcome(outcome)
+    code = outcome.exit_code if verdict_counts else errors.DONE
+    if leave:
+        print(outcome.run.path)
+        raise typer.Exit(code)
+    return code
+
+
+def _open(path: Path, runs: Path, sets: list[str] | None, resume: bool | None = None) -> Life:
+    from tunewright import api
+
+    return api.open(path, runs=runs, overrides=sets or (), resume=resume)
+
+
+def _open_run(path: Path, runs: Path) -> Life:
+    """A run folder; a recipe file is not taken here."""
+    from tunewright import api
+
+    if path.is_file():
+        raise errors.RunError(f"{path}: is a file; give a run folder (`tunewright runs` lists them)")
+    if not path.exists() and not (runs / path).exists():
+        raise errors.RunError(f"{path}: no such run folder; `tunewright runs` lists the ones there are")
+    return api.open(path, runs=runs)
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr)
+
+
+def _explain(error: Exception) -> int:
+    """One line for a person. A fault of ours leaves its traceback in a file and says where."""
+    known: Any = errors.explained(error)
+    if known is None:
+        import tempfile
+        import traceback
+
+        with tempfile.NamedTemporaryFile("w", prefix="tunewright-fault-", suffix=".log", delete=False) as log:
+            traceback.print_exception(error, file=log)
+        _say(f"error: a fault of ours: {type(error).__name__}: {error}; the traceback is in {log.name}")
+        return errors.FAULT
+    _say(f"error: {known}")
+    code: int = known.exit_code
+    return code
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,72 @@
+"""The ledger of everything made anywhere, and its removal.
+
+`destroy` is safe to repeat and safe to kill: what is gone is written down after it is gone, and what was made but not
+recorded is found by the run's name.
+"""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import dataclass
+
+from tunewright import tracking
+from tunewright.backends.base import Backend, Resource
+from tunewright.errors import StageError
+from tunewright.run import STAGES, Run
+
+
+@dataclass(frozen=True)
+class Removed:
+    """One thing that `destroy` ended or removed."""
+
+    kind: str
+    name: str
+    what: str
+
+
+def standing(run: Run, backend: Backend) -> list[Resource]:
+    """Everything that stands because of this run: recorded in its ledger, or found by its name."""
+    return backend.find(run)
+
+
+def destroy(run: Run, backend: Backend, *, files: bool = False) -> list[Removed]:
+    """End and remove everything that this run made outside its folder.
+
+    Processes are stopped, the registered model version is removed, the MLflow run is ended (its record stays, as the
+    history). `files` removes the run folder too.
+    """
+    removed = []
+    for resource in standing(run, backend):
+        removed.append(_remove(run, backend, resource))
+        if resource.entry:
+            run.gone(resource.entry)
+    ended = tracking.end(run) if run.manifest_file("check").is_file() else None
+    if ended and not any(one.kind == "mlflow-run" for one in removed):
+        removed.append(Removed("mlflow-run", ended, "ended"))
+    run.manifest_file("deploy").unlink(missing_ok=True)
+    if run.manifest_file("test").is_file():
+        run.manifest_file("test").replace(run.last_test_file)  # what was measured is kept; the endpoint is not there
+    run.mark_destroyed()
+    for path in (run.key_file, run.test_key_file, *(run.job_file(stage) for stage in STAGES)):
+        path.unlink(missing_ok=True)
+    run.event("run", "destroyed", removed=[f"{one.kind} {one.name}: {one.what}" for one in removed])
+    if files:
+        shutil.rmtree(run.path)
+        removed.append(Removed("folder", str(run.path), "removed"))
+    return removed
+
+
+def _remove(run: Run, backend: Backend, resource: Resource) -> Removed:
+    name = resource.name
+    if resource.kind == "mlflow-run":
+        return Removed(resource.kind, tracking.end(run) or name, "ended; its record stays")
+    if resource.kind == "mlflow-model":
+        known = resource.facts.get("version")
+        for version in [known] if known else tracking.versions_of(run, name):
+            tracking.unregister(run, name, version)
+        return Removed(resource.kind, f"{name} version {known or '(not recorded)'}", "removed from the registry")
+    if backend.remove(resource, run) == "going":
+        raise StageError(
+            f"{resource.kind} {name} is still going; run `tunewright destroy {run.path}` again in a minute"
+        )
+    return Removed(resource.kind, name, "stopped" if resource.kind == "process" else "removed")

@@ -1,0 +1,99 @@
+"""The endpoint's own process: a port, the model, and a clean end on SIGTERM."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import logging
+import signal
+import socket
+import sys
+from pathlib import Path
+
+import uvicorn
+
+from tunewright.endpoint.app import create_app
+from tunewright.endpoint.diary import logger
+from tunewright.endpoint.served import load
+from tunewright.errors import EndpointError
+from tunewright.run import Run
+
+GRACE_S = 10
+"""How long running answers may take to finish after SIGTERM."""
+
+BACKLOG = 2048
+
+
+def serve(run: Run, *, host: str, port: int) -> None:
+    """Serve a run's packaged model until SIGTERM, then let running answers finish. Call it in the main thread.
+
+    The port is taken before the weights are loaded; clients that connect meanwhile wait. Port 0 is any free one, and
+    the log's line `serving NAME at URL` says which.
+
+    Raises:
+        EndpointError: the port cannot be had, a key is missing, or the model is refused (see `load`).
+    """
+    recipe = run.recipe()
+    keys = {_key(run.key_file): True, _key(run.test_key_file): False}
+    with contextlib.closing(listen(host, port)) as listener:
+        served = load(run)
+        app = create_app(
+            served, name=recipe.endpoint_name, keys=keys, tokens_per_minute=recipe.deploy.tokens_per_minute
+        )
+        logging.basicConfig(stream=sys.stdout, level=logging.INFO, format="%(asctime)s %(message)s", force=True)
+        config = uvicorn.Config(
+            app,
+            log_config=None,
+            log_level="warning",
+            access_log=False,
+            lifespan="on",
+            ws="none",
+            server_header=False,
+            timeout_keep_alive=75,
+            timeout_graceful_shutdown=GRACE_S,
+        )
+        server = uvicorn.Server(config)
+
+        def stop(*_signal: object) -> None:
+            server.should_exit = True
+
+        # uvicorn raises the signal once more when it has ended; without a handler that would end the process with
+        # the signal's status instead of 0.
+        signal.signal(signal.SIGTERM, stop)
+        shown = f"[{host}]" if ":" in host else host
+        logger.info("serving %s at http://%s:%d/v1", recipe.endpoint_name, shown, listener.getsockname()[1])
+        server.run(sockets=[listener])
+        logger.info("stopped")
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """A listening socket.
+
+    Raises:
+        EndpointError: the port is in use, may not be taken, or the host is not an address of this machine.
+    """
+    try:
+        family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
+        return socket.create_server(address[:2], family=family, backlog=BACKLOG)
+    except socket.gaierror:
+        raise EndpointError(
+            f"host {host}: no such address; set deploy.host to 127.0.0.1 or one of this machine's"
+        ) from None
+    except OSError as error:
+        if error.errno == errno.EADDRINUSE:
+            said = f"port {port} on {host} is in use"
+        elif error.errno == errno.EACCES:
+            said = f"port {port} on {host} may not be taken by this user"
+        else:
+            raise EndpointError(f"port {port} on {host} cannot be taken: {error.strerror or error}") from None
+        raise EndpointError(f"{said}; set deploy.port to another, or leave it out for any free one") from None
+
+
+def _key(path: Path) -> str:
+    try:
+        key = path.read_text(encoding="utf-8").strip()
+    except FileNotFoundError:
+        key = ""
+    if not key:
+        raise EndpointError(f"{path}: no key there; `tunewright deploy` writes one")
+    return key

@@ -1,0 +1,387 @@
+"""Tuned, base and baselines on the same held-out rows; predictions.parquet and the report.
+
+What is compared is written per row, so that every number in report.json can be recomputed from predictions.parquet.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+
+from tunewright import chat, models
+from tunewright.chat import Example, Rendering
+from tunewright.data import prepare
+from tunewright.evaluate import baselines, compare, metrics, report
+from tunewright.generate import LocalCompleter
+from tunewright.models import ModelRef
+from tunewright.recipe import Recipe
+from tunewright.run import Run, now, write_json, write_text
+from tunewright.tracking import Tracker
+
+INTERVALS = {
+    "classification": ("accuracy", "f1_macro"),
+    "chat": ("rouge_l", "exact_match", "loss"),
+    "pretraining": ("loss",),
+}
+NUM_EXAMPLES = 12
+Answers = dict[str, dict[str, Any]]
+"""Model -> what it answered, column by column (one value for each row)."""
+
+
+def evaluate(run: Run, tracker: Tracker) -> None:
+    """The stage: answers, metrics, comparison, report; evaluate/report.json is written last."""
+    recipe = run.recipe()
+    checks = run.manifest("prepare")
+    test = prepare.examples(run, "test")
+    labels: list[str] | None = checks["labels"]
+    answers = _answers(run, recipe, test, labels)
+    measured = _measure(recipe, test, answers, labels)
+    _write_predictions(run, test, answers, labels)
+    body = _report(run, recipe, checks, test, answers, labels, measured)
+    write_text(run.report_page, report.render_html(body))
+    write_text(run.report_text, report.render_markdown(body))
+    flat = {
+        f"{model}_{name}": value
+        for model, values in body["models"].items()
+        for name, value in values.items()
+        if isinstance(value, int | float)
+    }
+    tracker.metrics({f"test_{key}": value for key, value in flat.items()})
+    tracker.metrics(
+        {"test_difference": body["comparison"]["difference"], "test_p_value": body["comparison"]["p_value"]}
+    )
+    tracker.tags({"verdict": body["comparison"]["verdict"]})
+    tracker.artifact(run.report_page, "report")
+    write_json(run.manifest_file("evaluate"), body)
+    tracker.artifact(run.manifest_file("evaluate"), "report")
+
+
+def tuned_model(run: Run, recipe: Recipe, ref: ModelRef, tokenizer: Any) -> Any:
+    """What training left, as one model; an adapter is merged just as packaging merges it."""
+    device = run.resolved()["device"]
+    trained = run.trained(recipe.train.method)
+    if recipe.train.method == "full":
+        return models.load_folder(trained, device=device)
+    base = models.load_model(ref, device=device)
+    models.grow(base, len(tokenizer))
+    return models.merge(base, trained)
+
+
+def _answers(run: Run, recipe: Recipe, test: Sequence[Example], labels: list[str] | None) -> Answers:
+    ref = ModelRef.from_dict(run.resolved()["model"])
+    tokenizer = models.load_tokenizer(ref)
+    equipment = chat.equip(tokenizer)
+    train = prepare.examples(run, "train") if recipe.task == "classification" or "few-shot" in recipe.baselines else []
+    asked = ["tuned", "base", *(["few-shot"] if "few-shot" in recipe.baselines else [])]
+    answers: Answers = {}
+    model = None
+    for number, name in enumerate(asked):
+
+        def progress(done: int, total: int, name: str = name, number: int = number) -> None:
+            run.set_progress("evaluate", number * total + done, len(asked) * total, name)
+
+        if name == "tuned":
+            model = tuned_model(run, recipe, ref, tokenizer)
+        elif name == "base":
+            model = models.load_model(ref, device=run.resolved()["device"])
+            models.grow(model, len(tokenizer))
+        completer = LocalCompleter(model, tokenizer, equipment)
+        rows = _with_shots(run, recipe, train, test, tokenizer, labels) if name == "few-shot" else list(test)
+        answers[name] = _ask(recipe, completer, rows, labels, run.resolved()["max_length"], progress)
+    if labels is not None:
+        if "tfidf" in recipe.baselines:
+            predicted, probabilities = baselines.tfidf(train, test, labels, recipe.evaluate.seed)
+            answers["tfidf"] = {"prediction": predicted, "probabilities": probabilities}
+        if "majority" in recipe.baselines:
+            answers["majority"] = {"prediction": baselines.majority(train, test)}
+    return answers
+
+
+def _ask(
+    recipe: Recipe,
+    completer: LocalCompleter,
+    test: Sequence[Example],
+    labels: list[str] | None,
+    max_length: int,
+    progress: Callable[[int, int], None],
+) -> dict[str, Any]:
+    """One model's answers to the test rows."""
+    tokenizer = completer.tokenizer
+    if labels is not None:
+        prompts = [chat.render_prompt(tokenizer, example.prompt) for example in test]
+        scores = completer.score(prompts, completer.tree(labels), progress=progress)
+        distribution = metrics.probabilities(scores)
+        return {
+            "prediction": [labels[place] for place in np.asarray(scores).argmax(axis=1)],
+            "probabilities": distribution,
+        }
+    if recipe.task == "pretraining":
+        losses = [_piecewise(completer, prepare.render(tokenizer, example), max_length) for example in test]
+        progress(len(test), len(test))
+        return {"losses": losses}
+    steps = 2 * len(test)
+    losses = completer.losses(
+        [_last_turn(tokenizer, example) for example in test], progress=lambda done, _: progress(done, steps)
+    )
+    said = completer.generate(
+        [chat.render_prompt(tokenizer, example.prompt) for example in test],
+        max_new_tokens=recipe.evaluate.max_new_tokens,
+        progress=lambda done, _: progress(len(test) + done, steps),
+    )
+    truth = [example.answer for example in test]
+    return {
+        "prediction": said,
+        "losses": losses,
+        "exact_match": metrics.exact_match(said, truth),
+        "rouge_l": metrics.rouge_l(said, truth),
+    }
+
+
+def _piecewise(completer: LocalCompleter, whole: Rendering, max_length: int) -> tuple[float, int]:
+    """A long text's loss, piece by piece, each token but the first counted once."""
+    total, count = 0.0, 0
+    for loss, tokens in completer.losses(prepare.pieces(whole, max_length)):
+        total, count = total + loss, count + tokens
+    return total, count
+
+
+def _last_turn(tokenizer: Any, example: Example) -> Rendering:
+    """The loss on the answer alone, so that every model is asked the same."""
+    whole = chat.render(tokenizer, example.messages)
+    prompt = len(chat.render_prompt(tokenizer, example.prompt))
+    return Rendering(whole.ids, [flag and place >= prompt for place, flag in enumerate(whole.mask)])
+
+
+def _with_shots(
+    run: Run, recipe: Recipe, train: Sequence[Example], test: Sequence[Example], tokenizer: Any, labels: Any
+) -> list[Example]:
+    longest = max(len(chat.render(tokenizer, example.messages).ids) for example in test)
+    context = run.resolved()["model"]["context"] or models.DEFAULT_MAX_LENGTH
+    answer = (
+        sum(len(chat.encode(tokenizer, label)) + 2 for label in labels) if labels else recipe.evaluate.max_new_tokens
+    )
+    shots = baselines.few_shot_prefix(
+        train, recipe.evaluate.few_shot, recipe.evaluate.seed, tokenizer=tokenizer, room=context - longest - answer
+    )
+    run.event(
+        "evaluate", "few-shot", asked=recipe.evaluate.few_shot, shown=sum(one.role == "assistant" for one in shots)
+    )
+
+    def shown(example: Example) -> Example:
+        system = [message for message in example.messages[:1] if message.role == "system"]
+        return Example(example.id, example.source, (*system, *shots, *example.messages[len(system) :]), example.label)
+
+    return [shown(example) for example in test]
+
+
+def _measure(recipe: Recipe, test: Sequence[Example], answers: Answers, labels: list[str] | None) -> dict[str, Any]:
+    """Metrics, intervals and comparisons, for every model."""
+    rows = len(test)
+    options = {"resamples": recipe.evaluate.bootstrap, "seed": recipe.evaluate.seed}
+    measured: dict[str, Any] = {"models": {}, "intervals": {}, "comparisons": []}
+    for name, said in answers.items():
+        if labels is not None:
+            truth = [str(example.label) for example in test]
+            values = metrics.classification(truth, said["prediction"], labels, said.get("probabilities"))
+        elif recipe.task == "pretraining":
+            values = metrics.text(said["losses"], sum(len(str(example.text).encode()) for example in test))
+        else:
+            values = {key: float(np.mean(said[key])) for key in ("exact_match", "rouge_l")}
+            values |= metrics.text(said["losses"])
+        measured["models"][name] = values
+        measured["intervals"][name] = {
+            metric: compare.interval(_statistic(metric, said, test, labels), rows, **options)
+            for metric in INTERVALS[recipe.task]
+        }
+    for name in answers:
+        if name == "tuned":
+            continue
+        p_value, test_name = _test(recipe.metric, answers["tuned"], answers[name], test, labels, recipe.evaluate.seed)
+        measured["comparisons"].append(
+            compare.compare(
+                metric=recipe.metric,
+                baseline=name,
+                tuned=_statistic(recipe.metric, answers["tuned"], test, labels),
+                other=_statistic(recipe.metric, answers[name], test, labels),
+                rows=rows,
+                p_value=p_value,
+                test=test_name,
+                **options,
+            )
+        )
+    return measured
+
+
+def _statistic(
+    metric: str, said: dict[str, Any], test: Sequence[Example], labels: list[str] | None
+) -> compare.Statistic:
+    """The metric as a function of row numbers."""
+    if metric == "accuracy":
+        right = _right(said, test)
+        return lambda chosen: float(right[chosen].mean())
+    if metric == "f1_macro":
+        assert labels is not None
+        return _f1_macro(said, test, labels)
+    if metric == "loss":
+        totals = np.array([loss for loss, _ in said["losses"]])
+        counts = np.array([count for _, count in said["losses"]])
+        return lambda chosen: float(totals[chosen].sum() / max(1, counts[chosen].sum()))
+    values = np.asarray(said[metric])
+    return lambda chosen: float(values[chosen].mean())
+
+
+def _f1_macro(said: dict[str, Any], test: Sequence[Example], labels: list[str]) -> compare.Statistic:
+    """As scikit-learn's, from counts, since it is asked thousands of times."""
+    place = {label: number for number, label in enumerate(labels)}
+    truth = np.array([place[str(example.label)] for example in test])
+    predicted = np.array([place[label] for label in said["prediction"]])
+    size = len(labels)
+
+    def statistic(chosen: Any) -> float:
+        one, other = truth[chosen], predicted[chosen]
+        hits = np.bincount(one[one == other], minlength=size)
+        both = np.bincount(one, minlength=size) + np.bincount(other, minlength=size)
+        return float((2 * hits[both > 0] / both[both > 0]).mean())
+
+    return statistic
+
+
+def _test(
+    metric: str, tuned: dict[str, Any], other: dict[str, Any], test: Sequence[Example], labels: Any, seed: int
+) -> tuple[float, str]:
+    if labels is not None:
+        return compare.mcnemar(_right(tuned, test), _right(other, test)), "McNemar exact"
+    if metric == "loss":
+        one, two = ([loss for loss, _ in said["losses"]] for said in (tuned, other))
+    else:
+        one, two = tuned[metric], other[metric]
+    return compare.permutation(np.asarray(one) - np.asarray(two), seed=seed), "paired permutation"
+
+
+def _right(said: dict[str, Any], test: Sequence[Example]) -> Any:
+    return np.array([word == example.label for word, example in zip(said["prediction"], test, strict=True)])
+
+
+def _write_predictions(run: Run, test: Sequence[Example], answers: Answers, labels: list[str] | None) -> None:
+    """One row for each test row and model: model, id, label, prediction, probabilities (in the labels' order)."""
+    import pandas as pd
+
+    frames = []
+    for name, said in answers.items():
+        columns: dict[str, Any] = {
+            "model": name,
+            "id": [example.id for example in test],
+            "label": [example.label if labels is not None else (example.text or example.answer) for example in test],
+        }
+        if "prediction" in said:
+            columns["prediction"] = said["prediction"]
+        if labels is not None:
+            distribution = said.get("probabilities")
+            columns["probabilities"] = (
+                [None] * len(test) if distribution is None else [list(row) for row in distribution]
+            )
+        if "losses" in said:
+            columns["loss_sum"] = [loss for loss, _ in said["losses"]]
+            columns["tokens"] = [count for _, count in said["losses"]]
+        for key in ("exact_match", "rouge_l"):
+            if key in said:
+                columns[key] = said[key]
+        frames.append(pd.DataFrame(columns))
+    run.predictions_file.parent.mkdir(parents=True, exist_ok=True)
+    whole = pd.concat(frames, ignore_index=True)
+    fresh = run.predictions_file.with_suffix(".new")
+    whole.to_parquet(fresh, index=False)
+    fresh.replace(run.predictions_file)
+
+
+def _report(
+    run: Run,
+    recipe: Recipe,
+    checks: dict[str, Any],
+    test: Sequence[Example],
+    answers: Answers,
+    labels: list[str] | None,
+    measured: dict[str, Any],
+) -> dict[str, Any]:
+    resolved = run.resolved()
+    trained = run.manifest("train")
+    wanted = recipe.evaluate.must_beat or "base"
+    comparison = next(one for one in measured["comparisons"] if one["baseline"] == wanted)
+    log = run.metrics()
+    body: dict[str, Any] = {
+        "schema": 1,
+        "name": recipe.name,
+        "run_id": run.id,
+        "created": now(),
+        "task": recipe.task,
+        "rows": len(test),
+        "metric": recipe.metric,
+        "models": measured["models"],
+        "intervals": measured["intervals"],
+        "comparison": comparison,
+        "comparisons": measured["comparisons"],
+        "must_beat": recipe.evaluate.must_beat,
+        "examples": _examples(test, answers, labels) if "prediction" in answers["tuned"] else [],
+        "training": {
+            key: trained[key]
+            for key in (
+                "method",
+                "steps",
+                "epochs",
+                "seconds",
+                "tokens",
+                "trainable_parameters",
+                "parameters",
+                "device",
+                "final_loss",
+            )
+        }
+        | {
+            "curve": [[entry["step"], entry["loss"]] for entry in log if "loss" in entry],
+            "validation_curve": [[entry["step"], entry["eval_loss"]] for entry in log if "eval_loss" in entry],
+        },
+        "data": {split: checks["splits"][split] for split in ("train", "test")} | {"findings": checks["findings"][:50]},
+        "model": {key: resolved["model"][key] for key in ("name", "revision", "parameters")},
+        "repeat": [
+            f"tunewright run {run.recipe_file}",
+            f"tunewright show {run.path}",
+            f"tunewright destroy {run.path}",
+        ],
+        "versions": resolved["versions"],
+        "recipe": run.recipe_file.read_text(),
+    }
+    if labels is not None:
+        body["labels"] = labels
+    return body
+
+
+def _examples(test: Sequence[Example], answers: Answers, labels: list[str] | None) -> list[dict[str, Any]]:
+    """A few rows for a person: where tuned is right and base wrong, where tuned is wrong, and both right."""
+    tuned, base = answers["tuned"], answers["base"]
+    if labels is not None:
+        good, was_good = _right(tuned, test), _right(base, test)
+    else:
+        good = np.asarray(tuned["rouge_l"]) >= np.asarray(base["rouge_l"])
+        was_good = ~good
+    won, lost = np.flatnonzero(good & ~was_good), np.flatnonzero(~good)
+    same = np.flatnonzero(good & was_good)
+    chosen = [*won[:5], *lost[:5], *same[:2]]
+    chosen += [row for row in range(len(test)) if row not in chosen][: NUM_EXAMPLES - len(chosen)]
+    rows = []
+    for row in map(int, chosen[:NUM_EXAMPLES]):
+        example = test[row]
+        shown: dict[str, Any] = {
+            "id": example.id,
+            "source": example.source,
+            "text": "\n\n".join(message.content for message in example.prompt),
+            "label": example.label if labels is not None else example.answer,
+            "tuned": tuned["prediction"][row],
+            "base": base["prediction"][row],
+        }
+        if labels is not None:
+            shown |= {"tuned_correct": bool(good[row]), "base_correct": bool(was_good[row])}
+            shown["confidence"] = float(np.max(tuned["probabilities"][row]))
+        rows.append(shown)
+    return rows

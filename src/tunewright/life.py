@@ -1,0 +1,291 @@
+"""The life of a run, top to bottom.
+
+    check -> plan -> prepare -> train -> evaluate -> package -> deploy -> test          (destroy ends it)
+
+`advance` does the stages that are not done yet, in this order. The command line, the Python API and the server all
+call it; there is no other way to make things happen. A stage is done when its manifest is in the run folder, so a run
+that was killed anywhere goes on from where it stood.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import shutil
+import subprocess
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from tunewright import chat, deploy, errors, models, tracking
+from tunewright import run as run_folders
+from tunewright.backends import base as backends
+from tunewright.backends.base import Backend, Problem
+from tunewright.data import prepare, sources
+from tunewright.data.prepare import Assembled
+from tunewright.errors import NOT_BETTER, RecipeError, RunError, StageError
+from tunewright.models import ModelRef
+from tunewright.plan import estimate
+from tunewright.recipe import Recipe
+from tunewright.run import STAGES, Run, write_json
+from tunewright.summary import write_readme
+
+POLL_S = 0.1
+LIBRARIES = (
+    "tunewright",
+    "torch",
+    "transformers",
+    "peft",
+    "accelerate",
+    "datasets",
+    "tokenizers",
+    "mlflow-skinny",
+    "scikit-learn",
+    "numpy",
+    "openai",
+)
+
+
+class Watcher:
+    """Who looks on. This one says nothing; the command line's draws progress bars."""
+
+    def started(self, run: Run, stage: str) -> None: ...
+
+    def progress(self, run: Run, stage: str, done: float, total: float, note: str) -> None: ...
+
+    def finished(self, run: Run, stage: str) -> None: ...
+
+    def problem(self, problem: Problem) -> None: ...
+
+
+@dataclass(frozen=True)
+class Checked:
+    """What `check` found."""
+
+    problems: list[Problem]
+    model: ModelRef | None = None
+    data: Assembled | None = None
+    rendering: chat.Equipment | None = None
+
+    @property
+    def errors(self) -> list[Problem]:
+        return [problem for problem in self.problems if problem.severity == "error"]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How far a run got."""
+
+    run: Run
+    verdict: str | None
+    """better, not better or no evidence; None before evaluation, or where the recipe asks for no comparison."""
+    did: list[str] = field(default_factory=list)
+
+    @property
+    def exit_code(self) -> int:
+        return NOT_BETTER if self.verdict not in (None, "better") else 0
+
+
+def start(recipe: Recipe, runs: Path, *, resume: bool | None = None) -> Run:
+    """The run of a recipe: the newest unfinished one that asks for the same on the same data, else a new one.
+
+    Args:
+        recipe: with its paths made absolute (`located`).
+        runs: the folder of all runs.
+        resume: True insists on an unfinished run, False on a new one.
+
+    Raises:
+        RunError: `resume` is True and there is no unfinished run.
+    """
+    now = prepare.source_fingerprint(recipe)
+    for run in reversed(run_folders.list_runs(runs)) if resume is not False else ():
+        state = run.state()
+        same = (state["recipe"], state["sources"]) == (recipe.fingerprint(), now)
+        if same and not run.destroyed and any(run.status(stage) != "done" for stage in STAGES):
+            return run
+    if resume:
+        raise RunError(f"{runs}: no unfinished run of this recipe on this data; leave --resume out to start one")
+    return run_folders.create(runs, recipe, sources=now)
+
+
+def located(recipe: Recipe, folder: Path) -> Recipe:
+    """The recipe with file paths absolute: as seen from here, else from the recipe's own folder."""
+    data = {
+        split: tuple(sources.absolute(source, folder) for source in given)
+        for split in prepare.SPLITS
+        if (given := getattr(recipe.data, split)) is not None
+    }
+    model = recipe.model
+    for candidate in (Path(model).expanduser(), folder / model):
+        if (candidate / "config.json").is_file():
+            model = str(candidate.absolute())
+            break
+    return recipe.model_copy(update={"data": recipe.data.model_copy(update=data), "model": model})
+
+
+def advance(run: Run, *, until: str = "test", watcher: Watcher | None = None) -> Outcome:
+    """Do every stage up to `until` that is not done yet.
+
+    Raises:
+        TunewrightError: a stage failed; the run folder says which and why, and the same call goes on from there.
+        KeyboardInterrupt: passed on after the stage was stopped cleanly.
+    """
+    watcher = watcher or Watcher()
+    recipe = run.recipe()
+    backend = backends.backend(recipe)
+    did = []
+    with run.lock():
+        for stage in STAGES[: STAGES.index(until) + 1]:
+            if run.status(stage) == "done":
+                continue
+            run.set_status(stage, "doing")
+            watcher.started(run, stage)
+            try:
+                _do(stage, run, recipe, backend, watcher)
+            except KeyboardInterrupt:
+                run.set_status(stage, "cancelled")
+                raise
+            except Exception as error:
+                known = errors.explained(error)
+                run.set_status(stage, "failed", error=str(known or error))
+                raise known or error from error
+            run.set_status(stage, "done")
+            write_readme(run)
+            watcher.finished(run, stage)
+            did.append(stage)
+    return Outcome(run, verdict(run), did)
+
+
+def verdict(run: Run) -> str | None:
+    """What evaluation said about `must_beat`; None where it has not spoken or was not asked."""
+    if run.status("evaluate") != "done":
+        return None
+    report = run.manifest("evaluate")
+    said: str | None = report["comparison"]["verdict"] if report["must_beat"] else None
+    return said
+
+
+def check(recipe: Recipe, stages: Iterable[str] = STAGES) -> Checked:
+    """Everything that would fail, found without training: the backend's settings, the model, every row.
+
+    Problems are returned, not raised, so that a person sees them all.
+    """
+    problems: list[Problem] = []
+    try:
+        problems += backends.backend(recipe).check(recipe, tuple(stages))
+    except RecipeError as error:
+        problems.append(Problem(str(error)))
+    ref, data, equipment = None, None, None
+    try:
+        ref = models.find(recipe.model, recipe.revision)
+        tokenizer = models.load_tokenizer(ref)
+        equipment = chat.equip(tokenizer)
+        data = prepare.assemble(recipe, ref, tokenizer, equipment)
+    except errors.UserError as error:
+        problems.append(Problem(str(error)))
+    return Checked(problems, ref, data, equipment)
+
+
+def _do(stage: str, run: Run, recipe: Recipe, backend: Backend, watcher: Watcher) -> None:
+    match stage:
+        case "check":
+            _check(run, recipe, watcher)
+        case "plan":
+            write_json(run.manifest_file("plan"), estimate(recipe, run.resolved()))
+        case "deploy":
+            deploy.deploy(run, backend)
+        case "test":
+            deploy.test(run, backend, progress=lambda done, total: watcher.progress(run, "test", done, total, ""))
+        case _:
+            _hand_over(stage, run, backend, watcher)
+
+
+def _check(run: Run, recipe: Recipe, watcher: Watcher) -> None:
+    """Stop at the first error; else write down all that was settled (resolved.json)."""
+    checked = check(recipe)
+    for problem in checked.problems:
+        watcher.problem(problem)
+    write_json(run.manifest_file("check"), resolve(recipe, checked, run.path.parent))
+
+
+def resolve(recipe: Recipe, checked: Checked, runs: Path) -> dict[str, Any]:
+    """Everything that was settled: what resolved.json says.
+
+    Raises:
+        RecipeError: the first error that `check` found.
+    """
+    if checked.errors:
+        raise RecipeError(checked.errors[0].message)
+    assert checked.model is not None
+    assert checked.data is not None
+    return {
+        "format": 1,
+        "recipe": recipe.model_dump(mode="json", by_alias=True),
+        "recipe_sha256": recipe.fingerprint(),
+        "model": checked.model.to_dict(),
+        "max_length": checked.data.max_length,
+        "learning_rate": recipe.learning_rate,
+        "metric": recipe.metric,
+        "baselines": list(recipe.baselines),
+        "seed": recipe.train.seed,
+        "device": models.best_device(use_cpu=recipe.train.use_cpu),
+        "tracking": {
+            "uri": tracking.settle(recipe.tracking.uri, runs, os.environ),
+            "experiment": recipe.tracking.experiment,
+        },
+        "data": checked.data.splits,
+        "rendering": checked.rendering.to_dict() if checked.rendering else None,
+        "warnings": [problem.message for problem in checked.problems],
+        "versions": {"python": platform.python_version()} | _versions(),
+        "platform": platform.platform(),
+        "source_commit": _source_commit(),
+    }
+
+
+def _hand_over(stage: str, run: Run, backend: Backend, watcher: Watcher) -> None:
+    """Ask the backend for a stage and look on until it is done."""
+    job = backend.submit(stage, run)
+    try:
+        while (status := backend.poll(job, run)).state == "running":
+            if (seen := run.progress(stage)) is not None:
+                watcher.progress(run, stage, seen["done"], seen["total"], seen["note"])
+            time.sleep(POLL_S)
+    except KeyboardInterrupt:
+        backend.cancel(job, run)
+        raise
+    match status.state:
+        case "done":
+            backend.collect(job, run)
+        case "failed":
+            raise errors.from_name(status.kind, status.message)
+        case "cancelled":
+            raise StageError(
+                f"{stage} was stopped ({status.message}); run the same command again, it goes on from there"
+            )
+        case _:
+            raise StageError(
+                f"{stage} vanished (killed, or out of memory?); its log is {run.log_file(stage)}. "
+                "Run the same command again, it goes on from the last checkpoint"
+            )
+
+
+def _versions() -> dict[str, str]:
+    found = {}
+    for name in LIBRARIES:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def _source_commit() -> str | None:
+    """The commit of Tunewright's own source, where it runs from a checkout."""
+    folder = Path(__file__).parent
+    if shutil.which("git") is None or not any((parent / ".git").exists() for parent in folder.parents):
+        return None
+    said = subprocess.run(["git", "-C", str(folder), "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
+    return said.stdout.strip() or None

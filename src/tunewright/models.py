@@ -1,0 +1,208 @@
+"""The base model: what it is (without loading it), its tokenizer, its weights.
+
+Heavy libraries are imported inside functions: describing a model reads its config alone.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import warnings
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from tunewright import starter
+from tunewright.errors import ModelError
+
+DEFAULT_MAX_LENGTH = 1024
+"""Longest example in tokens where neither the recipe nor the model's context says less."""
+
+
+@dataclass(frozen=True)
+class ModelRef:
+    """A base model, found and described; enough to load the very same one again."""
+
+    name: str
+    """As the recipe names it."""
+    source: str
+    """What is loaded: a hub name or an absolute folder."""
+    kind: Literal["hub", "folder", "starter"]
+    revision: str | None
+    """The hub's commit, so that later stages and a resumed run load the same weights."""
+    architecture: str
+    context: int | None
+    """Longest sequence in tokens; None where the config does not say."""
+    vocab_size: int
+    parameters: int
+    """Number of weights, counted from the config."""
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, given: dict[str, Any]) -> ModelRef:
+        return cls(**{key: given[key] for key in cls.__dataclass_fields__})
+
+    def max_length(self, asked: int | None) -> int:
+        """The longest example to train on.
+
+        Raises:
+            ModelError: more is asked for than the model's context holds.
+        """
+        if asked is not None and self.context is not None and asked > self.context:
+            raise ModelError(
+                f"train.max_length is {asked}, but {self.name} holds {self.context} tokens; "
+                f"set train.max_length to {self.context} or less"
+            )
+        return asked or min(self.context or DEFAULT_MAX_LENGTH, DEFAULT_MAX_LENGTH)
+
+
+def find(name: str, revision: str | None = None) -> ModelRef:
+    """Look a base model up and describe it from its config, without loading weights.
+
+    Raises:
+        ModelError: there is no such model, the hub cannot be reached, or it is not a causal language model.
+    """
+    source, kind = _locate(name)
+    config = _from_pretrained("AutoConfig", source, name, revision=revision if kind == "hub" else None)
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    if kind != "hub" and not any(Path(source).glob("*.safetensors*")):
+        raise ModelError(f"model {name}: the folder {source} holds no *.safetensors weights")
+    try:
+        with torch.device("meta"), quiet():
+            skeleton = AutoModelForCausalLM.from_config(config)
+    except ValueError:
+        raise ModelError(
+            f"model {name}: {config.model_type} is not a causal language model that can be tuned"
+        ) from None
+    return ModelRef(
+        name=name,
+        source=source,
+        kind=kind,
+        revision=getattr(config, "_commit_hash", None) or revision,
+        architecture=type(skeleton).__name__,
+        context=getattr(config, "max_position_embeddings", None),
+        vocab_size=config.get_text_config().vocab_size,
+        parameters=sum(weight.numel() for weight in skeleton.parameters()),
+    )
+
+
+def load_tokenizer(ref: ModelRef) -> Any:
+    """The base's tokenizer, as published (see `chat.equip` for what it may lack).
+
+    Raises:
+        ModelError: the base has none.
+    """
+    return _from_pretrained("AutoTokenizer", ref.source, ref.name, revision=ref.revision)
+
+
+def load_model(ref: ModelRef, *, device: str = "cpu") -> Any:
+    """The base's weights in float32 on `device`, in evaluation mode."""
+    import torch
+
+    with quiet():
+        model = _from_pretrained(
+            "AutoModelForCausalLM", ref.source, ref.name, revision=ref.revision, dtype=torch.float32
+        )
+    return model.to(device).eval()
+
+
+def load_folder(folder: Path, *, device: str = "cpu") -> Any:
+    """Weights that training or packaging wrote, in float32, in evaluation mode."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    with quiet():
+        model = AutoModelForCausalLM.from_pretrained(str(folder), dtype=torch.float32, local_files_only=True)
+    return model.to(device).eval()
+
+
+def load_folder_tokenizer(folder: Path) -> Any:
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
+
+
+def grow(model: Any, vocab_size: int) -> None:
+    """Make room in the embeddings for tokens that were added to the tokenizer; never shrinks."""
+    if model.get_input_embeddings().weight.shape[0] < vocab_size:
+        with quiet():
+            model.resize_token_embeddings(vocab_size, mean_resizing=False)
+
+
+def merge(model: Any, adapter: Path) -> Any:
+    """The base with a LoRA adapter merged into its weights (consumes `model`)."""
+    from peft import PeftModel
+
+    with quiet():
+        merged = PeftModel.from_pretrained(model, str(adapter)).merge_and_unload()
+    return merged.eval()
+
+
+def best_device(*, use_cpu: bool = False) -> str:
+    """cuda, mps or cpu: the best that torch finds here."""
+    import torch
+
+    if use_cpu:
+        return "cpu"
+    if torch.cuda.is_available():
+        return "cuda"
+    return "mps" if torch.backends.mps.is_available() else "cpu"
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Keep progress bars and notices of loading out of the way of ours."""
+    from transformers.utils import logging as transformers_logging
+
+    bars = transformers_logging.is_progress_bar_enabled()
+    level = transformers_logging.get_verbosity()
+    transformers_logging.disable_progress_bar()
+    transformers_logging.set_verbosity_error()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        transformers_logging.set_verbosity(level)
+        if bars:
+            transformers_logging.enable_progress_bar()
+
+
+def _locate(name: str) -> tuple[str, Literal["hub", "folder", "starter"]]:
+    if name == "starter":
+        return str(starter.model_path()), "starter"
+    folder = Path(name).expanduser()
+    if (folder / "config.json").is_file():
+        return str(folder.absolute()), "folder"
+    if folder.is_dir():
+        raise ModelError(f"model {name}: the folder holds no config.json, so it is not a model")
+    if folder.is_absolute() or name.startswith(("./", "../", "~")) or name.count("/") > 1:
+        raise ModelError(f"model {name}: no such folder")
+    return name, "hub"
+
+
+def _from_pretrained(kind: str, source: str, name: str, **options: Any) -> Any:
+    """`transformers.<kind>.from_pretrained`, with the hub's failures explained."""
+    import transformers
+    from huggingface_hub import constants
+
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
+    try:
+        with quiet():
+            return getattr(transformers, kind).from_pretrained(source, **options)
+    except (OSError, ValueError) as error:
+        said = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        if Path(source).is_dir():
+            raise ModelError(f"model {name}: cannot be read from {source}: {said}") from error
+        if "is not a valid git identifier" in str(error):
+            raise ModelError(f"model {name}: the hub has no revision {options.get('revision')!r} of it") from error
+        absent = "is not a local folder and is not a valid model identifier" in str(error)
+        raise ModelError(
+            f"model {name}: no folder of that name here, and the hub at {constants.ENDPOINT} "
+            + ("has no such model; check the name, or give a folder" if absent else f"did not give it: {said}")
+        ) from error

@@ -1,0 +1,87 @@
+"""The model card: what this is, how it was made, how good it is, how to use it. Every number comes from the run."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from tunewright.recipe import Recipe
+from tunewright.run import Run
+
+
+def card(run: Run, recipe: Recipe) -> str:
+    """Markdown."""
+    report = run.manifest("evaluate")
+    trained = run.manifest("train")
+    checks = run.manifest("prepare")
+    base = run.resolved()["model"]
+    comparison = report["comparison"]
+    low, high = comparison["interval"]
+    lines = [
+        f"# {recipe.name}",
+        "",
+        f"`{base['name']}`"
+        + (f" (revision `{base['revision']}`)" if base["revision"] else "")
+        + f" fine-tuned for {recipe.task} with Tunewright, run `{run.id}`.",
+        "",
+        "## Result",
+        "",
+        f"**{comparison['verdict'].capitalize()}** against {comparison['baseline']} on {report['rows']} held-out rows: "
+        f"{comparison['metric']} {comparison['tuned']:.4f} against {comparison['baseline_value']:.4f} "
+        f"(difference {comparison['difference']:+.4f}, 95% interval {low:+.4f} to {high:+.4f}, "
+        f"p = {comparison['p_value']:.3g}, {comparison['test']}).",
+        "",
+        *_table(report),
+        "",
+        "## Data",
+        "",
+        *(
+            f"- {split}: {facts['used']} rows of {facts['read']} from {', '.join(facts['source'])}; "
+            f"{facts['rejected']} left out, {facts['truncated']} cut; sha256 `{facts['sha256'][:16]}`"
+            for split, facts in checks["splits"].items()
+        ),
+        "",
+        "## Training",
+        "",
+        f"{trained['method']}, {trained['steps']} steps, {trained['epochs']:.2f} epochs, {trained['tokens']:,} tokens, "
+        f"{trained['seconds']} s on {trained['device']}; {trained['trainable_parameters']:,} of "
+        f"{trained['parameters']:,} weights trained.",
+        "",
+        "## Use",
+        "",
+        "```python",
+        "from transformers import AutoModelForCausalLM, AutoTokenizer",
+        "",
+        'model = AutoModelForCausalLM.from_pretrained("model")',
+        'tokenizer = AutoTokenizer.from_pretrained("model")',
+        "```",
+        "",
+        "Prompts go through the tokenizer's chat template; `rendering.json` holds token ids as they were in training.",
+        *([f"It was trained with this system message: {recipe.data.system!r}."] if recipe.data.system else []),
+        *(
+            [
+                f"It answers with one of: {', '.join(report['labels'][:20])}"
+                + (", ..." if len(report["labels"]) > 20 else ".")
+            ]
+            if report.get("labels")
+            else []
+        ),
+        "",
+        "## Limits",
+        "",
+        "Measured on the held-out rows above and nothing else. What the base model gets wrong about the world, this "
+        "model may get wrong too. The base model's licence applies.",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _table(report: dict[str, Any]) -> list[str]:
+    columns = [
+        key
+        for key in ("accuracy", "f1_macro", "exact_match", "rouge_l", "loss", "perplexity")
+        if key in report["models"]["tuned"]
+    ]
+    rows = [f"| model | {' | '.join(columns)} |", f"| --- |{' ---: |' * len(columns)}"]
+    for name, values in report["models"].items():
+        cells = (f"{values[key]:.4f}" if values.get(key) is not None else "" for key in columns)
+        rows.append(f"| {name} | {' | '.join(cells)} |")
+    return rows

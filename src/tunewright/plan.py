@@ -1,0 +1,83 @@
+"""What a run will take, said before it starts: tokens, steps, time, memory, disk, and everything that it will make.
+
+Time is a guess from the arithmetic that training needs and a short measurement of this machine, so it is given as a
+range. What is not covered: prices of hosted services.
+"""
+
+from __future__ import annotations
+
+import math
+import shutil
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from tunewright.recipe import Recipe
+
+SHARE_OF_PEAK = (0.15, 0.6)
+"""Training reaches between these shares of the machine's matrix-product speed."""
+START_S = 30
+"""Starting the stages' processes and loading libraries, all together."""
+
+
+def estimate(recipe: Recipe, resolved: dict[str, Any]) -> dict[str, Any]:
+    """The plan, from what `check` resolved."""
+    train = recipe.train
+    splits = resolved["data"]
+    parameters = resolved["model"]["parameters"]
+    rows = splits["train"]["used"]
+    per_step = train.batch_size * train.gradient_accumulation_steps
+    steps = train.max_steps if train.max_steps > 0 else math.ceil(math.ceil(rows / per_step) * train.epochs)
+    mean = splits["train"]["tokens"]["sum"] / rows
+    train_tokens = int(steps * per_step * mean)
+    test_tokens = splits["test"]["tokens"]["sum"]
+    answers = 2 + ("few-shot" in recipe.baselines)
+    flops = (4 if train.method == "lora" else 6) * parameters * train_tokens + 2 * parameters * test_tokens * answers
+    speed = matrix_speed()
+    seconds = [round(START_S + flops / (speed * share)) for share in reversed(SHARE_OF_PEAK)]
+    weights = 4 * parameters
+    trained = weights if train.method == "full" else weights // 50
+    longest = splits["train"]["tokens"]["total"]["max"]
+    memory = weights + 3 * trained + train.batch_size * longest * (resolved["model"]["vocab_size"] // 8 + 4096) * 4
+    checkpoints = (train.save_total_limit or 3) * (3 * trained)
+    makes = ["run folder", "endpoint process on this machine"]
+    if recipe.tracking.enabled:
+        makes.append(f"MLflow run at {resolved['tracking']['uri']}")
+        if "mlflow" in recipe.package.formats:
+            makes.append(f"registered model {recipe.registered_name}")
+    disk = 2 * weights + checkpoints + (2 * weights if recipe.tracking.enabled else 0)
+    return {
+        "format": 1,
+        "backend": recipe.backend.kind,
+        "rows": {split: facts["used"] for split, facts in splits.items()},
+        "steps": steps,
+        "tokens": {"train": train_tokens, "train_per_epoch": splits["train"]["tokens"]["sum"], "test": test_tokens},
+        "seconds": seconds,
+        "memory_bytes": memory,
+        "disk_bytes": disk,
+        "cost": {"currency": "USD", "low": 0.0, "high": 0.0, "note": "runs on this machine"},
+        "makes": makes,
+        "matrix_product_flops": round(speed),
+        "warnings": resolved["warnings"],
+    }
+
+
+def free_disk(path: Path) -> int:
+    """Bytes free where `path` is, or will be."""
+    while not path.exists():
+        path = path.parent
+    return shutil.disk_usage(path).free
+
+
+def matrix_speed() -> float:
+    """Floating-point operations a second in float32 matrix products on this machine, the best of a few."""
+    size = 768
+    one = np.ones((size, size), dtype=np.float32)
+    best = 0.0
+    for _ in range(5):
+        began = time.perf_counter()
+        one @ one
+        best = max(best, 2 * size**3 / (time.perf_counter() - began))
+    return best

@@ -1,0 +1,549 @@
+"""What the user asked for: typed, checked, frozen.
+
+A recipe is YAML. Reading one does no I/O beyond the file itself: whether the data and the model are there is
+`tunewright check`'s business. An unknown key is an error that names the nearest known one, with the line.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import json
+import typing
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+
+from tunewright.errors import RecipeError
+
+Task = Literal["classification", "chat", "pretraining"]
+Baseline = Literal["zero-shot", "few-shot", "tfidf", "majority"]
+
+
+def _one_or_many(value: Any) -> Any:
+    return (value,) if isinstance(value, str) else value
+
+
+Sources = Annotated[tuple[str, ...], BeforeValidator(_one_or_many), Field(min_length=1)]
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,62}$")]
+
+
+class Section(BaseModel):
+    """A frozen part of a recipe; a key that it does not know is an error."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, protected_namespaces=())
+
+
+class Limit(Section):
+    train: int | None = Field(default=None, ge=1)
+    """Use at most this many training rows."""
+    test: int | None = Field(default=None, ge=1)
+    """Use at most this many test rows."""
+    validation: int | None = Field(default=None, ge=1)
+    """Use at most this many validation rows."""
+    seed: int = 42
+    """Rows are shuffled with this seed, then the first ones are taken (as `datasets` does: shuffle, select)."""
+
+
+class Split(Section):
+    test: float = Field(default=0.1, gt=0, lt=1)
+    """The share of rows held out when no test set is named. Equal rows always fall on the same side."""
+    seed: int = 42
+    """Another seed holds out other rows."""
+
+
+class Data(Section):
+    train: Sources
+    """Hub data set and split (`imdb:train`), file, or glob (jsonl, csv, parquet, txt)."""
+    test: Sources | None = None
+    """As `train`. Without it, `split` holds out a share of the training rows."""
+    validation: Sources | None = None
+    """As `train`: rows for the loss that `train.eval_strategy` measures during training."""
+    text: str | None = None
+    """Column with the text (classification, pretraining)."""
+    label: str | None = None
+    """Column with the class, as a word or as a number (classification)."""
+    labels: tuple[str, ...] | dict[int, str] | None = None
+    """The classes: a list in the order of their numbers, or a mapping from number to word."""
+    prompt: str | None = None
+    """Column with the prompt (chat)."""
+    completion: str | None = None
+    """Column with the answer to `prompt` (chat)."""
+    instruction: str | None = None
+    """Column with the instruction (chat)."""
+    input: str | None = None
+    """Column with the instruction's optional input (chat)."""
+    response: str | None = None
+    """Column with the answer to `instruction` (chat)."""
+    messages: str | None = None
+    """Column with OpenAI chat messages (chat)."""
+    system: str | None = None
+    """A system message put before every example that has none."""
+    limit: Limit = Limit()
+    split: Split = Split()
+    over_length: Literal["truncate", "drop", "error"] = "truncate"
+    """What happens to a row longer than `train.max_length`: the prompt loses its end (never the answer), or the row
+    is left out, or nothing starts. Each such row is named in data/checks.json."""
+    bad_rows: Literal["stop", "skip"] = "stop"
+    """What happens at a row that cannot be read (broken JSON, a missing column): stop, or leave it out and name it."""
+
+
+class Lora(Section):
+    r: int = Field(default=16, ge=1)
+    """Rank of the update matrices."""
+    lora_alpha: float = Field(default=32, gt=0)
+    """The update is scaled by lora_alpha / r."""
+    lora_dropout: float = Field(default=0.0, ge=0, lt=1)
+    """Dropout on the adapter's input."""
+    target_modules: str | tuple[str, ...] = "all-linear"
+    """Modules that get an adapter: names, or all-linear."""
+
+
+class Train(Section):
+    """How to train. Keys beyond the first block carry the names of Transformers' `TrainingArguments`."""
+
+    method: Literal["lora", "full"] = "lora"
+    """Train a low-rank adapter, or all weights."""
+    epochs: float = Field(default=3.0, gt=0)
+    """Passes over the training rows."""
+    learning_rate: float | None = Field(default=None, ge=0)
+    """Peak learning rate. Default: 2e-4 for lora, 2e-5 for full."""
+    batch_size: int = Field(default=8, ge=1)
+    """Examples per device and step."""
+    max_length: int | None = Field(default=None, ge=8)
+    """Longest example in tokens. Default: the model's context, at most 1,024."""
+    lora: Lora = Lora()
+
+    max_steps: int = Field(default=-1, ge=-1)
+    """Stop after this many optimizer steps; -1 leaves it to `epochs`."""
+    gradient_accumulation_steps: int = Field(default=1, ge=1)
+    per_device_eval_batch_size: int = Field(default=8, ge=1)
+    optim: str = "adamw_torch_fused"
+    optim_args: str | None = None
+    weight_decay: float = Field(default=0.0, ge=0)
+    adam_beta1: float = Field(default=0.9, ge=0, lt=1)
+    adam_beta2: float = Field(default=0.999, ge=0, lt=1)
+    adam_epsilon: float = Field(default=1e-8, gt=0)
+    max_grad_norm: float = Field(default=1.0, ge=0)
+    lr_scheduler_type: str = "linear"
+    lr_scheduler_kwargs: dict[str, Any] | None = None
+    warmup_steps: float = Field(default=0, ge=0)
+    """Steps of linear warm-up; below 1, a share of all steps."""
+    warmup_ratio: float | None = Field(default=None, ge=0, lt=1)
+    """Share of all steps spent warming up. Newer Transformers takes it as `warmup_steps` below 1."""
+    neftune_noise_alpha: float | None = None
+    bf16: bool = False
+    fp16: bool = False
+    tf32: bool | None = None
+    use_cpu: bool = False
+    gradient_checkpointing: bool = False
+    gradient_checkpointing_kwargs: dict[str, Any] | None = None
+    torch_compile: bool = False
+    torch_compile_backend: str | None = None
+    torch_compile_mode: str | None = None
+    torch_empty_cache_steps: int | None = None
+    logging_strategy: Literal["no", "steps", "epoch"] = "steps"
+    logging_steps: float = Field(default=1, gt=0)
+    logging_first_step: bool = False
+    logging_nan_inf_filter: bool = False
+    eval_strategy: Literal["no", "steps", "epoch"] = "no"
+    """When to measure the loss on `data.validation`."""
+    eval_steps: float | None = None
+    eval_delay: float = 0
+    eval_on_start: bool = False
+    save_strategy: Literal["no", "steps", "epoch"] = "epoch"
+    """When to write a checkpoint that a killed run goes on from."""
+    save_steps: float = Field(default=500, gt=0)
+    save_total_limit: int | None = Field(default=2, ge=1)
+    load_best_model_at_end: bool = False
+    metric_for_best_model: str | None = None
+    greater_is_better: bool | None = None
+    seed: int = Field(default=42, ge=0)
+    data_seed: int | None = None
+    full_determinism: bool = False
+    train_sampling_strategy: Literal["random", "sequential", "group_by_length"] = "random"
+    dataloader_drop_last: bool = False
+    dataloader_num_workers: int = Field(default=0, ge=0)
+    dataloader_pin_memory: bool = True
+    dataloader_persistent_workers: bool = False
+    dataloader_prefetch_factor: int | None = None
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Train:
+        if self.warmup_ratio and self.warmup_steps:
+            raise ValueError("warmup_ratio and warmup_steps are both set; choose one")
+        if self.bf16 and self.fp16:
+            raise ValueError("bf16 and fp16 are both set; choose one")
+        if "eval_steps" in self.model_fields_set and "eval_strategy" not in self.model_fields_set:
+            raise ValueError("eval_steps is set but eval_strategy is 'no'; add eval_strategy: steps")
+        return self
+
+    @model_validator(mode="before")
+    @classmethod
+    def _steps_mean_steps(cls, given: Any) -> Any:
+        """`save_steps: 50` alone means steps, as it does under TrainingArguments' own default strategy."""
+        if isinstance(given, Mapping) and "save_steps" in given and "save_strategy" not in given:
+            return {**given, "save_strategy": "steps"}
+        return given
+
+
+RENAMED = {
+    "num_train_epochs": "epochs",
+    "per_device_train_batch_size": "batch_size",
+    "evaluation_strategy": "eval_strategy",
+    "group_by_length": "train_sampling_strategy: group_by_length",
+    "no_cuda": "use_cpu",
+    "lora_r": "lora: {r: ...}",
+    "lora_rank": "lora: {r: ...}",
+    "lora_alpha": "lora: {lora_alpha: ...}",
+    "lora_dropout": "lora: {lora_dropout: ...}",
+    "target_modules": "lora: {target_modules: ...}",
+}
+"""Keys of `train` that people bring from elsewhere, and what they are called here."""
+
+REFUSED = {
+    **dict.fromkeys(
+        ("output_dir", "overwrite_output_dir", "run_name", "project", "resume_from_checkpoint"),
+        "the run folder decides; see --runs and --resume",
+    ),
+    **dict.fromkeys(("report_to",), "tracking goes to MLflow; see the section `tracking`"),
+    **dict.fromkeys(
+        ("log_level", "log_level_replica", "log_on_each_node", "disable_tqdm", "debug", "skip_memory_metrics"),
+        "the stage's log is train/log.txt",
+    ),
+    **dict.fromkeys(("do_train", "do_eval", "do_predict"), "stages are commands; see --until"),
+    **dict.fromkeys(
+        (
+            "remove_unused_columns",
+            "label_names",
+            "prediction_loss_only",
+            "length_column_name",
+            "use_cache",
+            "include_for_metrics",
+            "batch_eval_metrics",
+            "eval_do_concat_batches",
+            "eval_use_gather_object",
+            "eval_accumulation_steps",
+            "bf16_full_eval",
+            "fp16_full_eval",
+            "include_num_input_tokens_seen",
+            "label_smoothing_factor",
+            "dataloader_in_order",
+            "dataloader_multiprocessing_context",
+        ),
+        "the batches and their loss are Tunewright's own",
+    ),
+    **dict.fromkeys(
+        (
+            "save_only_model",
+            "save_on_each_node",
+            "enable_jit_checkpoint",
+            "ignore_data_skip",
+            "restore_callback_states_from_checkpoint",
+            "auto_find_batch_size",
+        ),
+        "a run could then not go on exactly from its checkpoint",
+    ),
+    **dict.fromkeys(
+        (
+            "push_to_hub",
+            "hub_token",
+            "hub_private_repo",
+            "hub_model_id",
+            "hub_strategy",
+            "hub_always_push",
+            "hub_revision",
+            "trackio_space_id",
+            "trackio_bucket_id",
+            "trackio_static_space_id",
+        ),
+        "nothing is uploaded from training",
+    ),
+    **dict.fromkeys(
+        (
+            "local_rank",
+            "ddp_find_unused_parameters",
+            "ddp_bucket_cap_mb",
+            "ddp_broadcast_buffers",
+            "ddp_static_graph",
+            "ddp_backend",
+            "ddp_timeout",
+            "fsdp",
+            "fsdp_config",
+            "deepspeed",
+            "accelerator_config",
+            "parallelism_config",
+            "average_tokens_across_devices",
+        ),
+        "training runs on one device so far",
+    ),
+    **dict.fromkeys(("use_liger_kernel", "liger_kernel_config"), "it patches model classes for the whole process"),
+    **dict.fromkeys(("activation_checkpointing", "activation_checkpointing_kwargs"), "say gradient_checkpointing"),
+    **dict.fromkeys(("optim_target_modules",), "only layer-wise optimizers read it; choose modules with lora"),
+}
+"""Keys of TrainingArguments that `train` does not take, each with the reason. A test holds that none is forgotten."""
+
+
+class Evaluate(Section):
+    baselines: tuple[Baseline, ...] | None = None
+    """What the tuned model is compared with. zero-shot is the base model on the same rows and is always there.
+    Default: zero-shot, tfidf and majority for classes; zero-shot for text."""
+    must_beat: Literal["base", "few-shot", "tfidf", "majority"] | None = "base"
+    """The run exits with 3 unless the tuned model is better than this one. null asks for no such thing."""
+    metric: Literal["accuracy", "f1_macro", "exact_match", "rouge_l", "loss"] | None = None
+    """What the verdict is about. Default: accuracy for classes, rouge_l for chat, loss for pretraining."""
+    batch_size: int = Field(default=16, ge=1)
+    max_new_tokens: int = Field(default=128, ge=1)
+    """Longest answer generated for a chat test row."""
+    few_shot: int = Field(default=4, ge=1)
+    """Training examples shown to the base model by the few-shot baseline."""
+    bootstrap: int = Field(default=2000, ge=200)
+    """Resamples behind each interval."""
+    seed: int = 42
+
+
+class Package(Section):
+    formats: tuple[Literal["safetensors", "mlflow"], ...] = ("safetensors", "mlflow")
+    """safetensors is always written; mlflow logs the model so that `mlflow models predict` answers."""
+    register_as: str | None = Field(default=None, alias="register")
+    """Name in MLflow's model registry. Default: the recipe's name."""
+
+
+class Deploy(Section):
+    name: Name | None = None
+    """The model's name at the endpoint. Default: the recipe's name."""
+    host: str = "127.0.0.1"
+    port: int | None = Field(default=None, ge=1, le=65535)
+    """Default: any free port."""
+    tokens_per_minute: int | None = Field(default=None, ge=1)
+    """Quota for the client key, judged when a request arrives: prompt tokens plus max_tokens."""
+    content_filter: Literal["default", "off"] = "off"
+    """The local endpoint has no content filter yet; `check` warns where a recipe asks for one."""
+    test_rows: int = Field(default=50, ge=1)
+    """Test rows sent over HTTP by `test`."""
+
+
+METRICS: dict[str, tuple[str, ...]] = {
+    "classification": ("accuracy", "f1_macro"),
+    "chat": ("rouge_l", "exact_match", "loss"),
+    "pretraining": ("loss",),
+}
+"""What can be the verdict's metric for a task; the first is the default."""
+
+
+class Tracking(Section):
+    enabled: bool = True
+    uri: str | None = None
+    """MLflow tracking URI. Default: MLFLOW_TRACKING_URI, else sqlite in the runs folder."""
+    experiment: str = "tunewright"
+    checkpoints: bool = True
+    """Log each checkpoint's weights (not the optimizer's state) as artifacts."""
+
+
+class BackendChoice(BaseModel):
+    """`kind` names a backend; the rest of the table belongs to that backend, which validates it."""
+
+    model_config = ConfigDict(extra="allow", frozen=True)
+
+    kind: str = "local"
+
+
+class Recipe(Section):
+    name: Name
+    """Names the run folder, the endpoint's model and the registered model."""
+    model: str
+    """The base: a hub name, a folder, or `starter` (ships with Tunewright)."""
+    revision: str | None = None
+    """Branch, tag or commit of a hub model. What was used is written to resolved.json."""
+    task: Task
+    data: Data
+    train: Train = Train()
+    evaluate: Evaluate = Evaluate()
+    package: Package = Package()
+    deploy: Deploy = Deploy()
+    tracking: Tracking = Tracking()
+    backend: BackendChoice = BackendChoice()
+
+    @model_validator(mode="after")
+    def _fits_the_task(self) -> Recipe:
+        if self.task != "classification":
+            for key in ("label", "labels"):
+                if getattr(self.data, key) is not None:
+                    raise ValueError(f"data.{key} is for task: classification, not for {self.task}")
+            for baseline in (*(self.evaluate.baselines or ()), self.evaluate.must_beat):
+                if baseline in ("tfidf", "majority"):
+                    raise ValueError(f"evaluate: the baseline {baseline} needs task: classification")
+        if self.task == "pretraining" and "few-shot" in self.baselines:
+            raise ValueError("evaluate: the baseline few-shot needs task: classification or chat")
+        wanted = self.evaluate.must_beat
+        if wanted not in (None, "base") and wanted not in self.baselines:
+            raise ValueError(f"evaluate.must_beat is {wanted}, which is not among evaluate.baselines; add it there")
+        if self.metric not in METRICS[self.task]:
+            raise ValueError(
+                f"evaluate.metric: {self.metric} is not measured for task: {self.task}; "
+                f"choose {' or '.join(METRICS[self.task])}"
+            )
+        if self.train.eval_strategy != "no" and self.data.validation is None:
+            raise ValueError(
+                "train.eval_strategy measures the loss on data.validation, which is not set; name its rows"
+            )
+        return self
+
+    @property
+    def baselines(self) -> tuple[Baseline, ...]:
+        """The baselines to measure, the base model always among them."""
+        by_task: tuple[Baseline, ...] = ("zero-shot", "tfidf", "majority")
+        if self.task != "classification":
+            by_task = ("zero-shot",)
+        chosen = by_task if self.evaluate.baselines is None else self.evaluate.baselines
+        return chosen if "zero-shot" in chosen else ("zero-shot", *chosen)
+
+    @property
+    def metric(self) -> str:
+        """What the verdict is about."""
+        return self.evaluate.metric or METRICS[self.task][0]
+
+    @property
+    def learning_rate(self) -> float:
+        given = self.train.learning_rate
+        return given if given is not None else {"lora": 2e-4, "full": 2e-5}[self.train.method]
+
+    @property
+    def endpoint_name(self) -> str:
+        return self.deploy.name or self.name
+
+    @property
+    def registered_name(self) -> str:
+        return self.package.register_as or self.name
+
+    def fingerprint(self) -> str:
+        """sha256 of everything asked for (hex); two recipes that ask the same have the same."""
+        return hashlib.sha256(json.dumps(self.model_dump(mode="json"), sort_keys=True).encode()).hexdigest()
+
+
+def load(path: Path, overrides: Iterable[str] = ()) -> Recipe:
+    """The recipe in a YAML file, with `--set key=value` overrides applied.
+
+    Raises:
+        RecipeError: the file is absent, is not YAML, or says something that no recipe says (with file:line).
+    """
+    try:
+        text = Path(path).read_text(encoding="utf-8-sig")
+    except FileNotFoundError:
+        raise RecipeError(f"{path}: no such recipe; `tunewright init DATA` writes one for your file") from None
+    except (IsADirectoryError, PermissionError, UnicodeDecodeError) as error:
+        raise RecipeError(f"{path}: cannot be read as a recipe: {error}") from None
+    return loads(text, str(path), overrides)
+
+
+def loads(text: str, where: str = "recipe", overrides: Iterable[str] = ()) -> Recipe:
+    """As `load`, from text; `where` names the source in errors."""
+    try:
+        node = yaml.compose(text, Loader=yaml.SafeLoader)
+        given = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f":{mark.line + 1}" if mark else ""
+        raise RecipeError(f"{where}{line}: not YAML: {getattr(error, 'problem', None) or error}") from None
+    if not isinstance(given, dict):
+        raise RecipeError(f"{where}: a recipe is a table of keys such as name, model, task and data")
+    overrides = list(overrides)
+    for override in overrides:
+        _apply(given, override)
+    try:
+        return Recipe.model_validate(given)
+    except ValidationError as error:
+        lines = [_explain(problem, node, where, overrides) for problem in error.errors()]
+        raise RecipeError("\n".join(dict.fromkeys(lines))) from None
+
+
+def dump(recipe: Recipe) -> str:
+    """YAML of what the recipe sets, without the defaults."""
+    given = recipe.model_dump(mode="json", exclude_unset=True, by_alias=True)
+    return yaml.safe_dump(given, sort_keys=False, allow_unicode=True, width=110)
+
+
+def json_schema() -> dict[str, Any]:
+    """JSON Schema of a recipe, for editors."""
+    schema = Recipe.model_json_schema(by_alias=True)
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema, "title": "Tunewright recipe"}
+
+
+def _apply(given: dict[str, Any], override: str) -> None:
+    """`train.learning_rate=1e-4` into the tree."""
+    key, equals, value = override.partition("=")
+    if not equals or not key.strip():
+        raise RecipeError(f"--set {override}: say key=value, such as --set train.learning_rate=1e-4")
+    *parents, last = key.strip().split(".")
+    for parent in parents:
+        below = given.setdefault(parent, {})
+        if not isinstance(below, dict):
+            raise RecipeError(f"--set {override}: {parent} is not a table")
+        given = below
+    try:
+        given[last] = yaml.safe_load(value)
+    except yaml.YAMLError as error:
+        raise RecipeError(f"--set {override}: {getattr(error, 'problem', None) or error}") from None
+
+
+def _explain(problem: Mapping[str, Any], node: yaml.Node | None, where: str, overrides: list[str]) -> str:
+    """One line for one of pydantic's findings: where, what, and what to do."""
+    path = [part for part in problem["loc"] if not (isinstance(part, str) and part.startswith(("function-", "tuple[")))]
+    dotted = ".".join(str(part) for part in path)
+    place = f"{where}:{line}" if (line := _line(node, path)) else where
+    place = next((f"--set {said}" for said in overrides if said.partition("=")[0].strip() == dotted), place)
+    if problem["type"] == "extra_forbidden":
+        return f"{place}: {_unknown_key(path)}"
+    if problem["type"] == "missing":
+        return f"{place}: `{dotted}` is missing"
+    message = str(problem["msg"]).removeprefix("Value error, ")
+    if dotted == "task" and problem["input"] in ("preference", "reward"):
+        message = f"{message}; {problem['input']} is not supported yet"
+    shown = "" if isinstance(problem["input"], dict | BaseModel) else f" (it says {problem['input']!r})"
+    return f"{place}: `{dotted}`: {message}{shown}" if dotted else f"{place}: {message}"
+
+
+def _unknown_key(path: list[Any]) -> str:
+    *parents, key = path
+    section = _section(parents)
+    inside = f" in `{'.'.join(map(str, parents))}`" if parents else ""
+    if section is Train and key in RENAMED:
+        return f"`{key}`{inside} is called `{RENAMED[key]}` here"
+    if section is Train and key in REFUSED:
+        return f"`{key}`{inside} cannot be set: {REFUSED[key]}"
+    known = [field.alias or name for name, field in section.model_fields.items()] if section else []
+    near = difflib.get_close_matches(str(key), known, n=1, cutoff=0.55)
+    hint = f"did you mean `{near[0]}`?" if near else f"known keys: {', '.join(known)}"
+    return f"unknown key `{key}`{inside}; {hint}"
+
+
+def _section(path: list[Any]) -> type[Section] | None:
+    """The section class that a path of keys leads to."""
+    found: Any = Recipe
+    for part in path:
+        field = found.model_fields.get(part) if isinstance(found, type) and issubclass(found, BaseModel) else None
+        if field is None:
+            return None
+        kinds = (field.annotation, *typing.get_args(field.annotation))
+        found = next((kind for kind in kinds if isinstance(kind, type) and issubclass(kind, Section)), None)
+    return found if isinstance(found, type) else None
+
+
+def _line(node: yaml.Node | None, path: list[Any]) -> int | None:
+    """1-based line of the deepest part of `path` that stands in the YAML."""
+    line = None
+    for part in path:
+        if isinstance(node, yaml.MappingNode):
+            pair = next(((key, value) for key, value in node.value if key.value == str(part)), None)
+            if pair is None:
+                break
+            line, node = pair[0].start_mark.line + 1, pair[1]
+        elif isinstance(node, yaml.SequenceNode) and isinstance(part, int) and part < len(node.value):
+            node = node.value[part]
+            line = node.start_mark.line + 1
+        else:
+            break
+    return line

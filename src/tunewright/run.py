@@ -1,0 +1,446 @@
+"""The run folder: the only code that knows its file names.
+
+A run is a folder that a person can read. Stages meet only through its files. Everything that is replaced is replaced
+by an atomic rename; a stage's manifest is written last, so a stage is done when its manifest is there, and killing
+any process at any moment loses nothing that was finished.
+
+What is not covered: what the files mean. That is for the stage that writes them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import fcntl
+import json
+import os
+import secrets
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from tunewright import recipe as recipes
+from tunewright.errors import RunError, TunewrightError, explained
+from tunewright.recipe import Recipe
+
+FORMAT = 1
+"""Version of the folder's layout. A folder with a higher one was written by a newer Tunewright and is refused."""
+
+STAGES = ("check", "plan", "prepare", "train", "evaluate", "package", "deploy", "test")
+Status = Literal["todo", "doing", "done", "failed", "cancelled"]
+
+MANIFESTS = {
+    "check": "resolved.json",
+    "plan": "plan.json",
+    "prepare": "data/checks.json",
+    "train": "train/manifest.json",
+    "evaluate": "evaluate/report.json",
+    "package": "package/manifest.json",
+    "deploy": "deploy/endpoint.json",
+    "test": "deploy/test.json",
+}
+"""Each stage's last file: the stage is done when it is there."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run folder. `Run.open` and `create` are the ways to get one."""
+
+    path: Path
+
+    @classmethod
+    def open(cls, path: str | Path) -> Run:
+        """The run in an existing folder.
+
+        Raises:
+            RunError: there is no run there, its state cannot be read, or a newer Tunewright wrote it.
+        """
+        run = cls(Path(path).absolute())
+        if not run.state_file.is_file():
+            raise RunError(f"{path}: not a run folder (no state.json); `tunewright runs` lists the ones there are")
+        version = run.state().get("format")
+        if not isinstance(version, int):
+            raise RunError(f"{run.state_file}: no `format`; the file is damaged")
+        if version > FORMAT:
+            raise RunError(
+                f"{path}: written by a newer Tunewright (run format {version}; this one reads up to {FORMAT}); "
+                "upgrade with `pip install -U tunewright`"
+            )
+        return run
+
+    # --- file names ---
+
+    @property
+    def id(self) -> str:
+        return self.path.name
+
+    @property
+    def state_file(self) -> Path:
+        return self.path / "state.json"
+
+    @property
+    def recipe_file(self) -> Path:
+        return self.path / "recipe.yaml"
+
+    @property
+    def events_file(self) -> Path:
+        return self.path / "events.jsonl"
+
+    @property
+    def ledger_file(self) -> Path:
+        return self.path / "resources.jsonl"
+
+    @property
+    def readme_file(self) -> Path:
+        return self.path / "README.md"
+
+    @property
+    def metrics_file(self) -> Path:
+        return self.path / "train" / "metrics.jsonl"
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / "train" / "checkpoints"
+
+    @property
+    def predictions_file(self) -> Path:
+        return self.path / "evaluate" / "predictions.parquet"
+
+    @property
+    def report_page(self) -> Path:
+        return self.path / "evaluate" / "report.html"
+
+    @property
+    def report_text(self) -> Path:
+        return self.path / "evaluate" / "report.md"
+
+    @property
+    def package(self) -> Path:
+        return self.path / "package"
+
+    @property
+    def packaged_model(self) -> Path:
+        return self.path / "package" / "model"
+
+    @property
+    def packaged_adapter(self) -> Path:
+        return self.path / "package" / "adapter"
+
+    @property
+    def rendering_file(self) -> Path:
+        return self.path / "package" / "rendering.json"
+
+    @property
+    def key_file(self) -> Path:
+        return self.path / "deploy" / "key"
+
+    @property
+    def test_key_file(self) -> Path:
+        return self.path / "deploy" / "test-key"
+
+    @property
+    def last_test_file(self) -> Path:
+        """The test of an endpoint that is no longer there."""
+        return self.path / "deploy" / "last-test.json"
+
+    @property
+    def tracking_file(self) -> Path:
+        return self.path / "tracking.json"
+
+    def data_file(self, split: str) -> Path:
+        return self.path / "data" / f"{split}.jsonl"
+
+    def manifest_file(self, stage: str) -> Path:
+        return self.path / MANIFESTS[stage]
+
+    def trained(self, method: str) -> Path:
+        """Where training leaves its weights: an adapter or a whole model."""
+        return self.path / "train" / ("adapter" if method == "lora" else "model")
+
+    def log_file(self, stage: str) -> Path:
+        """What the stage's process printed."""
+        return self.stage_folder(stage) / "log.txt"
+
+    def job_file(self, stage: str) -> Path:
+        return self.path / "jobs" / f"{stage}.json"
+
+    def failure_file(self, stage: str) -> Path:
+        return self.path / "jobs" / f"{stage}-failure.json"
+
+    def progress_file(self, stage: str) -> Path:
+        return self.path / "jobs" / f"{stage}-progress.json"
+
+    def lock_file(self, stage: str) -> Path:
+        return self.path / "jobs" / f"{stage}.lock"
+
+    def stage_folder(self, stage: str) -> Path:
+        return self.manifest_file(stage).parent if "/" in MANIFESTS[stage] else self.path
+
+    # --- what was asked for and what was found ---
+
+    def recipe(self) -> Recipe:
+        """The recipe as this run was started with, paths made absolute."""
+        return recipes.load(self.recipe_file)
+
+    def manifest(self, stage: str) -> dict[str, Any]:
+        """What a finished stage wrote last.
+
+        Raises:
+            RunError: the stage is not done, or the file is damaged.
+        """
+        path = self.manifest_file(stage)
+        if not path.is_file():
+            raise RunError(f"{self.path}: stage {stage} is not done; `tunewright run {self.path}` goes on from here")
+        manifest: dict[str, Any] = read_json(path)
+        return manifest
+
+    def resolved(self) -> dict[str, Any]:
+        return self.manifest("check")
+
+    # --- state ---
+
+    def state(self) -> dict[str, Any]:
+        state: dict[str, Any] = read_json(self.state_file)
+        return state
+
+    def status(self, stage: str) -> Status:
+        """done if its manifest is there; else what the state says."""
+        if self.manifest_file(stage).is_file():
+            return "done"
+        said: Status = self.state()["stages"].get(stage, {}).get("status", "todo")
+        return "todo" if said == "done" else said
+
+    def set_status(self, stage: str, status: Status, **facts: Any) -> None:
+        state = {key: value for key, value in self.state().items() if key != "destroyed"}
+        state["stages"][stage] = {"status": status, "at": now(), **facts}
+        write_json(self.state_file, state)
+        self.event(stage, status, **facts)
+
+    def mark_destroyed(self) -> None:
+        """What the run made elsewhere is gone; a new `run` of the same recipe does not go on with this one."""
+        write_json(self.state_file, self.state() | {"destroyed": now()})
+
+    @property
+    def destroyed(self) -> bool:
+        return "destroyed" in self.state()
+
+    def reset(self, stage: str) -> None:
+        """Make a stage and all that follow it undone, by removing their manifests (their other files stay)."""
+        for later in reversed(STAGES[STAGES.index(stage) :]):
+            self.manifest_file(later).unlink(missing_ok=True)
+            self.job_file(later).unlink(missing_ok=True)
+
+    def event(self, stage: str, what: str, **facts: Any) -> None:
+        """Add one line to events.jsonl."""
+        append_json(self.events_file, {"at": now(), "stage": stage, "event": what, **facts})
+
+    def events(self) -> list[dict[str, Any]]:
+        return read_json_lines(self.events_file)
+
+    def metrics(self) -> list[dict[str, Any]]:
+        """One entry for each logged step of training, in order."""
+        return read_json_lines(self.metrics_file)
+
+    # --- progress of a stage that runs elsewhere ---
+
+    def set_progress(self, stage: str, done: float, total: float, note: str = "") -> None:
+        write_json(self.progress_file(stage), {"done": done, "total": total, "note": note}, durable=False)
+
+    def progress(self, stage: str) -> dict[str, Any] | None:
+        path = self.progress_file(stage)
+        return read_json(path) if path.is_file() else None
+
+    # --- the ledger ---
+
+    def intend(self, kind: str, name: str, **facts: Any) -> str:
+        """Write down that something is about to be made elsewhere; call before making it. Gives the entry's id."""
+        entry = secrets.token_hex(4)
+        append_json(
+            self.ledger_file,
+            {"at": now(), "entry": entry, "is": "intended", "kind": kind, "name": name, "run": self.id, **facts},
+        )
+        return entry
+
+    def made(self, entry: str, **facts: Any) -> None:
+        append_json(self.ledger_file, {"at": now(), "entry": entry, "is": "made", **facts})
+
+    def gone(self, entry: str, **facts: Any) -> None:
+        append_json(self.ledger_file, {"at": now(), "entry": entry, "is": "gone", **facts})
+
+    def resources(self) -> list[dict[str, Any]]:
+        """Everything that was made elsewhere (or was about to be), oldest first, each with its last state in `is`."""
+        entries: dict[str, dict[str, Any]] = {}
+        for line in read_json_lines(self.ledger_file):
+            entries.setdefault(line["entry"], {}).update(line)
+        return list(entries.values())
+
+    # --- one at a time ---
+
+    @contextlib.contextmanager
+    def lock(self) -> Iterator[None]:
+        """Hold the run while working on it; the system lets go when the process ends, however it ends.
+
+        Raises:
+            RunError: another process holds it.
+        """
+        handle = os.open(self.path / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                holder = os.pread(handle, 32, 0).decode() or "another process"
+                raise RunError(
+                    f"{self.path}: process {holder} is working on this run; wait for it or stop it first"
+                ) from None
+            os.ftruncate(handle, 0)
+            os.pwrite(handle, str(os.getpid()).encode(), 0)
+            yield
+        finally:
+            os.close(handle)
+
+
+def create(runs: Path, recipe: Recipe, *, sources: str = "") -> Run:
+    """A new run folder for a recipe; `sources` is a fingerprint of the data's files at this moment.
+
+    Raises:
+        RunError: the runs folder cannot be made or written.
+    """
+    day = datetime.datetime.now(datetime.UTC).strftime("%Y%m%d")
+    try:
+        runs.mkdir(parents=True, exist_ok=True)
+        while True:
+            path = runs / f"{recipe.name}-{day}-{secrets.token_hex(2)}"
+            try:
+                path.mkdir()
+                break
+            except FileExistsError:
+                continue
+    except OSError as error:
+        raise _explained(error, runs, "cannot make a run folder") from None
+    run = Run(path.absolute())
+    write_text(run.recipe_file, recipes.dump(recipe))
+    state = {
+        "format": FORMAT,
+        "run": run.id,
+        "created": now(),
+        "recipe": recipe.fingerprint(),
+        "sources": sources,
+        "stages": {stage: {"status": "todo"} for stage in STAGES},
+    }
+    write_json(run.state_file, state)
+    run.event("run", "created")
+    return run
+
+
+def list_runs(runs: Path) -> list[Run]:
+    """The runs in a folder, oldest first. Folders that a newer version wrote are left out."""
+    found = []
+    for path in runs.glob("*/state.json"):
+        with contextlib.suppress(RunError):
+            found.append(Run.open(path.parent))
+    return sorted(found, key=lambda run: (str(run.state().get("created")), run.id))
+
+
+def now() -> str:
+    """UTC, ISO 8601, to the millisecond."""
+    return datetime.datetime.now(datetime.UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
+
+
+# --- files ---
+
+
+def write_text(path: Path, text: str, *, mode: int = 0o644, durable: bool = True) -> None:
+    """Replace a file by atomic rename.
+
+    Raises:
+        DiskFullError: no space left.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+        try:
+            with os.fdopen(handle, "w", encoding="utf-8") as file:
+                file.write(text)
+                file.flush()
+                if durable:
+                    os.fsync(file.fileno())
+            os.chmod(temporary, mode)
+            os.replace(temporary, path)
+        except BaseException:
+            Path(temporary).unlink(missing_ok=True)
+            raise
+    except OSError as error:
+        raise _explained(error, path, "cannot write") from error
+
+
+def write_json(path: Path, value: Any, *, durable: bool = True) -> None:
+    """Replace a JSON file by atomic rename. NaN is written as null, so that every JSON reader takes the file."""
+    text = json.dumps(_plain(value), indent=1, ensure_ascii=False, allow_nan=False)
+    write_text(path, text + "\n", durable=durable)
+
+
+def append_json(path: Path, value: Any) -> None:
+    """Add one JSON line to a file in a single write. A line that a kill left half-written is cut off first."""
+    line = json.dumps(_plain(value), ensure_ascii=False, allow_nan=False) + "\n"
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("ab+", buffering=0) as file:
+            size = file.seek(0, os.SEEK_END)
+            if size and os.pread(file.fileno(), 1, size - 1) != b"\n":
+                file.truncate(path.read_bytes().rfind(b"\n") + 1)
+            file.write(line.encode())
+    except OSError as error:
+        raise _explained(error, path, "cannot write") from error
+
+
+def read_json(path: Path) -> Any:
+    """The value in a JSON file.
+
+    Raises:
+        RunError: the file is absent or damaged.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise RunError(f"{path}: no such file; the run folder is incomplete") from None
+    except ValueError as error:
+        raise RunError(f"{path}: damaged ({error}); restore the file or start a new run") from None
+
+
+def read_json_lines(path: Path) -> list[dict[str, Any]]:
+    """The lines of a file that grows. A last line cut short by a kill is left out; it had not been written."""
+    if not path.is_file():
+        return []
+    lines = path.read_text(encoding="utf-8").split("\n")
+    values = []
+    for number, line in enumerate(lines, start=1):
+        if not line:
+            continue
+        try:
+            values.append(json.loads(line))
+        except ValueError:
+            if number >= len(lines):
+                break
+            raise RunError(f"{path}:{number}: damaged line") from None
+    return values
+
+
+def _plain(value: Any) -> Any:
+    """JSON-ready: NaN and infinities become null, numpy scalars become Python's."""
+    if isinstance(value, dict):
+        return {str(key): _plain(below) for key, below in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(below) for below in value]
+    if hasattr(value, "tolist"):
+        return _plain(value.tolist())
+    if isinstance(value, float) and (value != value or value in (float("inf"), float("-inf"))):
+        return None
+    return str(value) if isinstance(value, Path) else value
+
+
+def _explained(error: OSError, path: Path, what: str) -> TunewrightError:
+    if error.filename is None:
+        error.filename = str(path)
+    return explained(error) or RunError(f"{path}: {what}: {error.strerror or error}")

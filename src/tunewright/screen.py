@@ -1,0 +1,324 @@
+"""What the command line shows a person: progress, findings, plans, runs, results. All of it on standard error, but for
+`show`, `runs`, `plan` and `check`, whose text is the result and goes to standard output."""
+
+from __future__ import annotations
+
+import time
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskID, TaskProgressColumn, TextColumn, TimeRemainingColumn
+from rich.table import Table
+from rich.text import Text
+
+from tunewright import summary
+from tunewright.backends.base import Problem
+from tunewright.curves import plot_loss
+from tunewright.life import Checked, Outcome, Watcher
+from tunewright.run import STAGES, Run
+
+PLACES_SHOWN = 40
+"""Places named for one kind of finding; the rest are in data/checks.json."""
+PLAIN_EVERY_S = 10
+"""How often progress is said in a line of its own where there is no terminal."""
+COLOURS = {"better": "green", "not better": "red", "no evidence": "yellow"}
+
+err = Console(stderr=True, highlight=False, soft_wrap=True)
+out = Console(highlight=False, soft_wrap=True)
+
+
+class Watching(Watcher):
+    """A progress bar for the stage at hand and a line for each that is done."""
+
+    def __init__(self) -> None:
+        self.bar = Progress(
+            TextColumn("{task.description:>9}"),
+            BarColumn(),
+            TaskProgressColumn(),
+            TextColumn("{task.fields[note]}"),
+            TimeRemainingColumn(compact=True),
+            console=err,
+            transient=True,
+            disable=not err.is_terminal,
+        )
+        self.task: TaskID | None = None
+        self.began = 0.0
+        self.said = 0.0
+
+    def __enter__(self) -> Watching:
+        self.bar.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.bar.stop()
+
+    def started(self, run: Run, stage: str) -> None:
+        self.began = self.said = time.monotonic()
+        if self.task is not None:
+            self.bar.remove_task(self.task)
+        self.task = self.bar.add_task(stage, total=None, note="")
+
+    def progress(self, run: Run, stage: str, done: float, total: float, note: str) -> None:
+        assert self.task is not None
+        self.bar.update(self.task, completed=done, total=total, note=note)
+        if not err.is_terminal and time.monotonic() - self.said > PLAIN_EVERY_S:
+            self.said = time.monotonic()
+            err.print(f"{stage:>9}  {done:.0f}/{total:.0f} {note}", markup=False)
+
+    def finished(self, run: Run, stage: str) -> None:
+        line = Text(f"{stage:>9}", style="bold")
+        line.append(f"  {time.monotonic() - self.began:6.1f} s  ", style="dim")
+        line.append(_what(run, stage), style="")
+        err.print(line)
+        if stage == "prepare":
+            findings(run.manifest("prepare")["findings"], "data/checks.json")
+
+    def problem(self, problem: Problem) -> None:
+        err.print(Text.assemble((f"{problem.severity}: ", "yellow"), problem.message))
+
+
+def outcome(result: Outcome) -> None:
+    """The verdict and where to look."""
+    run = result.run
+    if run.status("evaluate") == "done":
+        report = run.manifest("evaluate")
+        said = summary.sentence(report["comparison"], report["rows"])
+        err.print(Text(said, style=f"bold {COLOURS[report['comparison']['verdict']]}"))
+        for other in report["comparisons"]:
+            if other["baseline"] != report["comparison"]["baseline"]:
+                err.print(f"  {summary.sentence(other)}", markup=False)
+        err.print(f"report: {run.report_page}", markup=False)
+    if run.status("deploy") == "done":
+        endpoint = run.manifest("deploy")
+        err.print(f"endpoint: {endpoint['base_url']}  model {endpoint['model']}  key in {run.key_file}", markup=False)
+
+
+def next_steps(run: Run) -> None:
+    """Three commands to try after the demo."""
+    endpoint = run.manifest("deploy")
+    body = f'{{"model": "{endpoint["model"]}", "messages": [{{"role": "user", "content": "My parcel never came."}}]}}'
+    err.print("\nThree things to try next:", style="bold")
+    err.print(f"  tunewright show {run.path}", markup=False)
+    err.print(
+        f"  curl {endpoint['base_url']}/chat/completions -H 'content-type: application/json' "
+        f"-H \"authorization: Bearer $(cat {run.key_file})\" -d '{body}'",
+        markup=False,
+    )
+    err.print("  tunewright init YOUR_FILE.csv && tunewright run recipe.yaml", markup=False)
+    err.print(f"The endpoint runs until `tunewright destroy {run.path}`.\n", markup=False)
+
+
+def checked(found: Checked) -> None:
+    """What `check` found, for a person."""
+    if found.model is not None:
+        model = found.model
+        out.print(
+            f"model   {model.name}: {model.architecture}, {model.parameters:,} weights, context {model.context} tokens",
+            markup=False,
+        )
+    if found.data is not None:
+        table = Table("split", "read", "used", "left out", "cut", "tokens a row (min median p95 max)", "answer tokens")
+        for split, facts in found.data.splits.items():
+            total, answer = facts["tokens"]["total"], facts["tokens"]["answer"]
+            table.add_row(
+                split,
+                str(facts["read"]),
+                str(facts["used"]),
+                str(facts["rejected"]),
+                str(facts["truncated"]),
+                _spread(total),
+                _spread(answer),
+            )
+        out.print(table)
+        if found.data.labels:
+            shown = ", ".join(found.data.labels[:12]) + (", ..." if len(found.data.labels) > 12 else "")
+            out.print(f"labels  {len(found.data.labels)}: {shown}", markup=False)
+        findings([asdict(finding) for finding in found.data.findings], "--json", console=out)
+    for problem in found.problems:
+        colour = "red" if problem.severity == "error" else "yellow"
+        out.print(Text.assemble((f"{problem.severity}: ", f"bold {colour}"), problem.message))
+    if not found.problems:
+        out.print(Text("ready to run", style="green"))
+
+
+def checked_json(found: Checked) -> dict[str, Any]:
+    return {
+        "ok": not found.errors,
+        "problems": [asdict(problem) for problem in found.problems],
+        "model": found.model.to_dict() if found.model else None,
+        "data": found.data.checks() if found.data else None,
+        "rendering": found.rendering.to_dict() if found.rendering else None,
+    }
+
+
+def findings(rows: Sequence[dict[str, Any]], rest: str, *, console: Console = err) -> None:
+    """Each kind of finding with how often and where."""
+    kinds: dict[tuple[str, str, str], list[dict[str, Any]]] = defaultdict(list)
+    for row in rows:
+        kinds[row["split"], row["code"], row["severity"]].append(row)
+    for (split, code, severity), group in kinds.items():
+        line = Text.assemble(
+            (f"  {severity} ", "yellow" if severity == "warning" else ""), f"{split}: {len(group)} {code}"
+        )
+        if len(group) == 1:
+            line.append(f": {group[0]['where']}: {group[0]['message']}")
+        else:
+            line.append(f", such as {group[0]['where']}: {group[0]['message']}")
+        console.print(line)
+        if len(group) > 1:
+            more = f" and {len(group) - PLACES_SHOWN} more, in {rest}" if len(group) > PLACES_SHOWN else ""
+            console.print(
+                Text(f"    all: {_places([row['where'] for row in group[:PLACES_SHOWN]])}{more}", style="dim")
+            )
+
+
+def plan(planned: dict[str, Any]) -> None:
+    low, high = planned["seconds"]
+    out.print(f"backend  {planned['backend']}", markup=False)
+    out.print("rows     " + ", ".join(f"{count} {split}" for split, count in planned["rows"].items()))
+    out.print(f"steps    {planned['steps']}")
+    tokens = planned["tokens"]
+    out.print(
+        f"tokens   {tokens['train']:,} in training ({tokens['train_per_epoch']:,} an epoch), "
+        f"{tokens['test']:,} in the test set"
+    )
+    out.print(f"time     {_duration(low)} to {_duration(high)}, guessed from this machine's matrix products")
+    out.print(f"memory   about {planned['memory_bytes'] / 1e9:.1f} GB")
+    out.print(f"disk     about {planned['disk_bytes'] / 1e9:.1f} GB")
+    cost = planned["cost"]
+    money = f"{cost['low']:.2f} to {cost['high']:.2f}" if cost["high"] else "0"
+    out.print(f"cost     {money} {cost['currency']} ({cost['note']})", markup=False)
+    for made in planned["makes"]:
+        out.print(f"makes    {made}", markup=False)
+    for warning in planned["warnings"]:
+        out.print(Text.assemble(("warning  ", "yellow"), warning))
+
+
+def runs(found: Sequence[dict[str, Any]], folder: Path) -> None:
+    if not found:
+        out.print(f"no runs in {folder}; `tunewright run RECIPE` makes one, `tunewright demo` shows how", markup=False)
+        return
+    table = Table("run", "created", "model", "stage", "result", "endpoint")
+    for one in found:
+        comparison = one.get("comparison")
+        result = ""
+        if comparison:
+            result = f"{comparison['verdict']} ({comparison['metric']} {comparison['tuned']:.3f})"
+        table.add_row(
+            Text(one["run"]),
+            one["created"][:16].replace("T", " "),
+            Text(one["model"].rpartition("/")[2]),
+            _reached(one),
+            Text(result, style=COLOURS[comparison["verdict"]] if comparison else ""),
+            "destroyed" if one["destroyed"] else one.get("endpoint", {}).get("base_url", ""),
+        )
+    out.print(table)
+
+
+def show(run: Run, known: dict[str, Any]) -> None:
+    """Stages, data, loss curve, result, endpoint."""
+    out.print(Text(known["run"], style="bold"), Text(f" {known['model']} for {known['task']}"))
+    out.print("  ".join(f"{stage} {status}" for stage, status in known["stages"].items()), markup=False)
+    for stage, message in known["errors"].items():
+        out.print(Text.assemble((f"{stage} failed: ", "bold red"), message))
+    for split, facts in known.get("data", {}).items():
+        out.print(
+            f"{split}: {facts['used']} of {facts['read']} rows, {facts['rejected']} left out, {facts['truncated']} cut"
+        )
+    points = [(entry["step"], entry["loss"]) for entry in run.metrics() if "loss" in entry]
+    if points:
+        out.file.write(plot_loss(points, width=min(100, out.width), height=16, colour=out.is_terminal) + "\n")
+    if "models" in known:
+        names = ("accuracy", "f1_macro", "exact_match", "rouge_l", "loss", "perplexity")
+        columns = [key for key in names if key in known["models"]["tuned"]]
+        table = Table("model", *columns)
+        for name, values in known["models"].items():
+            table.add_row(name, *(f"{values[key]:.4f}" if key in values else "" for key in columns))
+        out.print(table)
+        comparison = known["comparison"]
+        out.print(Text(summary.sentence(comparison), style=f"bold {COLOURS[comparison['verdict']]}"))
+        out.print(f"report: {known['report']}", markup=False)
+    if "endpoint" in known:
+        endpoint = known["endpoint"]
+        out.print(f"endpoint: {endpoint['base_url']}  model {endpoint['model']}  key in {run.key_file}", markup=False)
+    if "test" in known:
+        test = known["test"]
+        out.print(
+            f"test: {test['equal']} of {test['compared']} answers over HTTP equal the offline ones; median "
+            f"{1000 * test['latency_s']['median']:.0f} ms, p95 {1000 * test['latency_s']['p95']:.0f} ms"
+        )
+
+
+def _what(run: Run, stage: str) -> str:
+    """A done stage in a few words."""
+    manifest = run.manifest(stage)
+    match stage:
+        case "check":
+            return f"{manifest['model']['name']}, {manifest['model']['parameters']:,} weights, on {manifest['device']}"
+        case "plan":
+            low, high = manifest["seconds"]
+            took = f"{_duration(low)} to {_duration(high)}"
+            return f"{manifest['steps']} steps, {manifest['tokens']['train']:,} tokens, {took}"
+        case "prepare":
+            return ", ".join(
+                f"{facts['used']} {split} rows"
+                + (f" ({facts['rejected']} left out)" if facts["rejected"] else "")
+                + (f" ({facts['truncated']} cut)" if facts["truncated"] else "")
+                for split, facts in manifest["splits"].items()
+            )
+        case "train":
+            loss = manifest["final_loss"]
+            shown = f"loss {loss:.4f}" if loss is not None else ""
+            return f"{manifest['steps']} steps, {shown}, {manifest['trainable_parameters']:,} weights trained"
+        case "evaluate":
+            comparison = manifest["comparison"]
+            other = f"{comparison['baseline']} {comparison['baseline_value']:.3f}"
+            return f"{comparison['metric']} {comparison['tuned']:.3f}, {other}"
+        case "package":
+            size = sum(file["bytes"] for file in manifest["files"].values())
+            return f"{len(manifest['files'])} files, {size / 1e6:.1f} MB" + (
+                f", {manifest['mlflow']}" if manifest["mlflow"] else ""
+            )
+        case "deploy":
+            return f"{manifest['base_url']}, model {manifest['model']}"
+        case _:
+            return (
+                f"{manifest['equal']} of {manifest['compared']} answers as offline, "
+                f"median {1000 * manifest['latency_s']['median']:.0f} ms"
+            )
+
+
+def _reached(known: dict[str, Any]) -> str:
+    done = [stage for stage in STAGES if known["stages"][stage] == "done"]
+    unusual = [
+        f"{stage} {status}" for stage, status in known["stages"].items() if status in ("failed", "doing", "cancelled")
+    ]
+    return unusual[0] if unusual else (done[-1] if done else "new")
+
+
+def _places(places: Sequence[str]) -> str:
+    """`train.jsonl:3, :7, test.jsonl:1`: the file's name once for a run of places in it."""
+    words = []
+    last = ""
+    for place in places:
+        file, colon, line = place.rpartition(":")
+        words.append(f":{line}" if colon and file == last else place)
+        last = file
+    return ", ".join(words)
+
+
+def _spread(values: dict[str, float]) -> str:
+    return " ".join(f"{values[key]:.0f}" for key in ("min", "median", "p95", "max")) if values else ""
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"

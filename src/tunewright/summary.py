@@ -1,0 +1,103 @@
+"""A run in words, from its folder: the README.md in it, and what `tunewright show` prints."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from tunewright.run import STAGES, Run, write_text
+
+
+def facts(run: Run) -> dict[str, Any]:
+    """What a program wants to know about a run."""
+    state = run.state()
+    recipe = run.recipe()
+    found: dict[str, Any] = {
+        "run": run.id,
+        "path": str(run.path),
+        "name": recipe.name,
+        "created": state["created"],
+        "task": recipe.task,
+        "model": recipe.model,
+        "stages": {stage: run.status(stage) for stage in STAGES},
+        "errors": {
+            stage: entry["error"]
+            for stage, entry in state["stages"].items()
+            if "error" in entry and run.status(stage) == "failed"
+        },
+        "destroyed": run.destroyed,
+    }
+    if run.status("prepare") == "done":
+        found["data"] = {
+            split: {key: account[key] for key in ("read", "used", "rejected", "truncated")}
+            for split, account in run.manifest("prepare")["splits"].items()
+        }
+    if run.status("train") == "done":
+        found["training"] = run.manifest("train")
+    if run.status("evaluate") == "done":
+        report = run.manifest("evaluate")
+        found["comparison"] = report["comparison"]
+        found["models"] = {
+            name: {key: value for key, value in values.items() if isinstance(value, int | float)}
+            for name, values in report["models"].items()
+        }
+        found["report"] = str(run.report_page)
+    if run.status("deploy") == "done":
+        found["endpoint"] = run.manifest("deploy")
+    if run.status("test") == "done":
+        found["test"] = {key: value for key, value in run.manifest("test").items() if key != "differ"}
+    return found
+
+
+def sentence(comparison: dict[str, Any], rows: int | None = None) -> str:
+    """The verdict in one line."""
+    low, high = comparison["interval"]
+    on = f" on {rows} test rows" if rows else ""
+    return (
+        f"{comparison['verdict']}: {comparison['metric']} {comparison['tuned']:.3f} against {comparison['baseline']}'s "
+        f"{comparison['baseline_value']:.3f}{on} ({comparison['difference']:+.3f}, 95% interval {low:+.3f} to "
+        f"{high:+.3f}, p = {comparison['p_value']:.2g})"
+    )
+
+
+def write_readme(run: Run) -> None:
+    """README.md of the run folder: what, from what, where, result, how to repeat, how to remove."""
+    known = facts(run)
+    recipe = run.recipe()
+    lines = [
+        f"# {run.id}",
+        "",
+        f"`{recipe.model}` fine-tuned ({recipe.train.method}) for {recipe.task} on {', '.join(recipe.data.train)}.",
+        "",
+        "| stage | status |",
+        "| --- | --- |",
+        *(f"| {stage} | {status} |" for stage, status in known["stages"].items()),
+        "",
+    ]
+    if "data" in known:
+        lines += ["## Data", ""]
+        lines += [
+            f"- {split}: {account['used']} of {account['read']} rows used, {account['rejected']} left out, "
+            f"{account['truncated']} cut (data/checks.json names them)"
+            for split, account in known["data"].items()
+        ]
+        lines.append("")
+    if "comparison" in known:
+        lines += ["## Result", "", f"**{sentence(known['comparison'])}**", "", "See evaluate/report.html.", ""]
+    if "endpoint" in known:
+        endpoint = known["endpoint"]
+        lines += [
+            "## Endpoint",
+            "",
+            f"`{endpoint['base_url']}`, model `{endpoint['model']}`, the key is in `deploy/key`.",
+            "",
+        ]
+    lines += [
+        "## Repeat and remove",
+        "",
+        "```sh",
+        f"tunewright run {run.recipe_file}    # again, on the same data",
+        f"tunewright show {run.path}",
+        f"tunewright destroy {run.path}    # stop the endpoint, unregister the model",
+        "```",
+    ]
+    write_text(run.readme_file, "\n".join(lines) + "\n")

@@ -1,0 +1,219 @@
+"""MLflow: one run there for each run here; parameters, metrics, checkpoints, the report, the registered model.
+
+Each stage attaches to the same MLflow run, sets it running and ends it when the stage ends, however it ends (a killed
+stage leaves it running; the stage that goes on, or `destroy`, ends it).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from tunewright.errors import StageError, UserError
+from tunewright.run import Run, read_json, write_json
+
+BATCH = 100
+"""Metrics sent in one call."""
+
+
+def settle(recipe_uri: str | None, runs: Path, environment: Mapping[str, str]) -> str:
+    """The tracking URI of a run: the recipe's, else MLFLOW_TRACKING_URI, else SQLite in the runs folder."""
+    return recipe_uri or environment.get("MLFLOW_TRACKING_URI") or f"sqlite:///{runs.absolute() / 'mlflow.db'}"
+
+
+class Tracker:
+    """This run's MLflow run. With tracking off every method does nothing."""
+
+    def __init__(self, run: Run, client: Any = None, run_id: str | None = None) -> None:
+        self.run = run
+        self.client = client
+        self.run_id = run_id
+        self._waiting: list[Any] = []
+        self._flushed = time.monotonic()
+
+    @property
+    def on(self) -> bool:
+        return self.client is not None
+
+    def params(self, params: Mapping[str, Any]) -> None:
+        """Log parameters; one that is there already stays."""
+        if not self.on:
+            return
+        from mlflow.entities import Param
+
+        there = self.client.get_run(self.run_id).data.params
+        fresh = [Param(key, str(value)[:6000]) for key, value in params.items() if key not in there]
+        for start in range(0, len(fresh), BATCH):
+            self.client.log_batch(self.run_id, params=fresh[start : start + BATCH])
+
+    def tags(self, tags: Mapping[str, str]) -> None:
+        for key, value in tags.items() if self.on else ():
+            self.client.set_tag(self.run_id, key, value)
+
+    def metrics(self, metrics: Mapping[str, float], *, step: int = 0) -> None:
+        """Log numbers at a step. They are sent in batches; `flush` sends the rest."""
+        if not self.on:
+            return
+        from mlflow.entities import Metric
+
+        now = int(time.time() * 1000)
+        self._waiting += [Metric(key, float(value), now, step) for key, value in metrics.items()]
+        if len(self._waiting) >= BATCH or time.monotonic() - self._flushed > 2:
+            self.flush()
+
+    def flush(self) -> None:
+        for start in range(0, len(self._waiting), 1000):
+            self.client.log_batch(self.run_id, metrics=self._waiting[start : start + 1000])
+        self._waiting.clear()
+        self._flushed = time.monotonic()
+
+    def last_step(self, metric: str) -> int:
+        """The last step at which a metric is there; -1 for none."""
+        if not self.on or metric not in self.client.get_run(self.run_id).data.metrics:
+            return -1
+        return max(int(point.step) for point in self.client.get_metric_history(self.run_id, metric))
+
+    def artifact(self, path: Path, folder: str | None = None) -> None:
+        if not self.on:
+            return
+        if path.is_dir():
+            self.client.log_artifacts(self.run_id, str(path), folder)
+        else:
+            self.client.log_artifact(self.run_id, str(path), folder)
+
+    def checkpoint(self, folder: Path, files: list[str]) -> None:
+        """Log a checkpoint's weights."""
+        for name in files if self.on else ():
+            self.client.log_artifact(self.run_id, str(folder / name), f"checkpoints/{folder.name}")
+
+    def model(
+        self, code: Path, artifacts: Mapping[str, Path], *, name: str, requirements: list[str], example: Any
+    ) -> str:
+        """Log a model that `mlflow models predict` can answer with, and register it. Gives its `models:/` URI."""
+        import mlflow
+        from mlflow.models import infer_signature
+
+        entry = self.run.intend("mlflow-model", name)
+        mlflow.set_tracking_uri(_uri(self.run))
+        with mlflow.start_run(run_id=self.run_id):
+            info = mlflow.pyfunc.log_model(
+                name="model",
+                python_model=str(code),
+                artifacts={key: str(path) for key, path in artifacts.items()},
+                registered_model_name=name,
+                pip_requirements=requirements,
+                signature=infer_signature(*example),
+            )
+        version = str(info.registered_model_version)
+        self.run.made(entry, version=version, model_uri=info.model_uri)
+        return f"models:/{name}/{version}"
+
+
+@contextlib.contextmanager
+def attach(run: Run) -> Iterator[Tracker]:
+    """This run's tracker, for the length of a stage.
+
+    Raises:
+        UserError: MLflow cannot be reached.
+    """
+    resolved = run.resolved()
+    if not run.recipe().tracking.enabled:
+        yield Tracker(run)
+        return
+    client = _client(resolved["tracking"]["uri"])
+    from mlflow.exceptions import MlflowException
+
+    try:
+        run_id = _mlflow_run(run, client, resolved["tracking"])
+    except (MlflowException, OSError) as error:
+        said = (str(error).splitlines() or [""])[0]
+        raise UserError(
+            f"MLflow at {resolved['tracking']['uri']} cannot be used: {said}; set tracking.uri, MLFLOW_TRACKING_URI, "
+            "or tracking.enabled: false"
+        ) from error
+    tracker = Tracker(run, client, run_id)
+    status = "FAILED"
+    try:
+        yield tracker
+        status = "FINISHED"
+    finally:
+        tracker.flush()
+        client.set_terminated(run_id, status)
+
+
+def end(run: Run) -> str | None:
+    """End this run's MLflow run if it is still running (a stage was killed). Gives its id, None if there is none."""
+    if not run.tracking_file.is_file():
+        return None
+    run_id: str = read_json(run.tracking_file)["mlflow_run_id"]
+    client = _client(_uri(run))
+    if client.get_run(run_id).info.status == "RUNNING":
+        client.set_terminated(run_id, "KILLED")
+    return run_id
+
+
+def unregister(run: Run, name: str, version: str) -> None:
+    """Remove a model version from the registry, and the registered model with its last version. Absent is fine."""
+    from mlflow.exceptions import MlflowException
+
+    client = _client(_uri(run))
+    try:
+        client.delete_model_version(name, version)
+        if not client.search_model_versions(f"name='{name}'"):
+            client.delete_registered_model(name)
+    except MlflowException as error:
+        if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+            raise StageError(f"MLflow did not remove {name} version {version}: {error.message}") from error
+
+
+def versions_of(run: Run, name: str) -> list[str]:
+    """Versions of a registered model that this run made, recorded or not."""
+    if not run.tracking_file.is_file():
+        return []
+    run_id = read_json(run.tracking_file)["mlflow_run_id"]
+    found = _client(_uri(run)).search_model_versions(f"name='{name}'")
+    return [str(version.version) for version in found if version.run_id == run_id]
+
+
+def _mlflow_run(run: Run, client: Any, settings: dict[str, Any]) -> str:
+    """The id of this run's MLflow run, set running; made on first use."""
+    if run.tracking_file.is_file():
+        known: str = read_json(run.tracking_file)["mlflow_run_id"]
+        client.update_run(known, status="RUNNING")
+        return known
+    experiment = client.get_experiment_by_name(settings["experiment"])
+    if experiment is None:
+        local = settings["uri"].startswith("sqlite:///")
+        place = Path(settings["uri"].removeprefix("sqlite:///")).parent / "mlartifacts" if local else None
+        experiment_id = client.create_experiment(
+            settings["experiment"], artifact_location=str(place) if place else None
+        )
+    else:
+        experiment_id = experiment.experiment_id
+    tag = {"tunewright.run": run.id}
+    made = client.search_runs([experiment_id], f"tags.`tunewright.run` = '{run.id}'", max_results=1)
+    entry = run.intend("mlflow-run", run.id, uri=settings["uri"])
+    run_id: str = (
+        made[0].info.run_id if made else client.create_run(experiment_id, tags=tag, run_name=run.id).info.run_id
+    )
+    write_json(run.tracking_file, {"uri": settings["uri"], "experiment_id": experiment_id, "mlflow_run_id": run_id})
+    run.made(entry, mlflow_run_id=run_id)
+    return run_id
+
+
+def _uri(run: Run) -> str:
+    uri: str = run.resolved()["tracking"]["uri"]
+    return uri
+
+
+def _client(uri: str) -> Any:
+    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
+    os.environ.setdefault("GIT_PYTHON_REFRESH", "quiet")
+    from mlflow import MlflowClient
+
+    return MlflowClient(tracking_uri=uri, registry_uri=uri)

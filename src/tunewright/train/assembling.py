@@ -1,0 +1,70 @@
+"""Rendered rows into batches.
+
+A batch holds the padded ids and, instead of a label for each place, which places' logits are wanted and what the
+targets there are: the head of the model is computed only where there is a loss. The loss and its gradients equal the
+ordinary ones.
+
+Shapes: B rows, T tokens in the longest, K targets in the batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch.utils.data import Dataset
+
+from tunewright.chat import Example, Rendering
+from tunewright.data import prepare
+
+
+class Rows(Dataset[Rendering]):
+    """Rendered rows, in their order."""
+
+    def __init__(self, renderings: Sequence[Rendering]) -> None:
+        self.renderings = list(renderings)
+
+    def __len__(self) -> int:
+        return len(self.renderings)
+
+    def __getitem__(self, index: int) -> Rendering:
+        return self.renderings[index]
+
+
+def render_all(tokenizer: Any, examples: Sequence[Example], max_length: int) -> list[Rendering]:
+    """Every example's rendering; plain text longer than `max_length` in pieces, so that no token is lost."""
+    renderings = []
+    for example in examples:
+        whole = prepare.render(tokenizer, example)
+        if example.text is None:
+            renderings.append(whole)
+        else:
+            renderings += prepare.pieces(whole, max_length)
+    return renderings
+
+
+class Collator:
+    """Rows into one batch for a causal language model's forward."""
+
+    def __init__(self, pad_id: int) -> None:
+        self.pad_id = pad_id
+
+    def __call__(self, rows: Sequence[Rendering]) -> dict[str, torch.Tensor]:
+        longest = max(len(row.ids) for row in rows)
+        ids_BT = torch.full((len(rows), longest), self.pad_id, dtype=torch.long)
+        real_BT = torch.zeros((len(rows), longest), dtype=torch.long)
+        target_BT = torch.zeros((len(rows), longest), dtype=torch.bool)
+        for number, row in enumerate(rows):
+            ids_BT[number, : len(row.ids)] = torch.tensor(row.ids)
+            real_BT[number, : len(row.ids)] = 1
+            target_BT[number, : len(row.ids)] = torch.tensor(row.mask)
+        target_BT[:, 0] = False  # nothing comes before the first token, so nothing predicts it
+        targets_K = ids_BT[target_BT]
+        return {
+            "input_ids": ids_BT,
+            "attention_mask": real_BT,
+            "logits_to_keep": target_BT.roll(-1, dims=1),  # the place before each target predicts it
+            "labels": targets_K,
+            "shift_labels": targets_K,  # says that the targets are already aligned with the kept logits
+        }

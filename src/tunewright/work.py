@@ -1,0 +1,132 @@
+"""What runs inside a backend: `python -m tunewright.work STAGE RUN`.
+
+Does one stage for one run, in this process. What goes wrong is written to the run folder as one line for a person;
+the traceback goes to standard error, which the backend keeps as the stage's log.
+"""
+
+from __future__ import annotations
+
+import argparse
+import faulthandler
+import fcntl
+import os
+import signal
+import sys
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+
+from tunewright.errors import FAULT, INTERRUPTED, StageError, explained
+from tunewright.run import Run, write_json
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Do a stage; gives the process's exit code."""
+    parser = argparse.ArgumentParser(prog="python -m tunewright.work")
+    parser.add_argument("stage", choices=[*STAGES, "serve"])
+    parser.add_argument("run", type=Path)
+    parser.add_argument("--host", default="127.0.0.1")
+    parser.add_argument("--port", type=int, default=0)
+    given = parser.parse_args(arguments)
+    faulthandler.enable()
+    run = Run.open(given.run)
+    stage: str = "deploy" if given.stage == "serve" else given.stage
+    run.lock_file(stage).parent.mkdir(exist_ok=True)
+    lock = os.open(run.lock_file(stage), os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        print(f"another process works on {stage} of {run.id}", file=sys.stderr)
+        return FAULT
+    try:
+        if given.stage == "serve":
+            serve(run, given.host, given.port)
+        else:
+            STAGES[given.stage](run)
+    except (InterruptedError, KeyboardInterrupt) as error:
+        print(f"stopped: {error}", file=sys.stderr)
+        write_json(run.failure_file(stage), {"kind": "Interrupted", "message": str(error) or "stopped"})
+        return INTERRUPTED
+    except Exception as error:  # noqa: BLE001 - the edge of the process: everything is reported, nothing is hidden
+        traceback.print_exc()
+        known = explained(error)
+        if known is None:
+            said = f"{type(error).__name__}: {error}".splitlines()[0]
+            known = StageError(f"{stage} failed: {said}; the traceback is in {run.log_file(stage)}")
+        write_json(run.failure_file(stage), {"kind": type(known).__name__, "message": str(known)})
+        return known.exit_code
+    return 0
+
+
+def prepare(run: Run) -> None:
+    from tunewright import chat, models
+    from tunewright.data import prepare as preparing
+    from tunewright.models import ModelRef
+
+    ref = ModelRef.from_dict(run.resolved()["model"])
+    tokenizer = models.load_tokenizer(ref)
+    equipment = chat.equip(tokenizer)
+    assembled = preparing.assemble(
+        run.recipe(), ref, tokenizer, equipment, progress=lambda done, total: run.set_progress("prepare", done, total)
+    )
+    preparing.write(run, assembled, equipment=equipment)
+
+
+def train(run: Run) -> None:
+    from tunewright import tracking
+    from tunewright.train import supervised
+
+    with tracking.attach(run) as tracker:
+        tracker.params(_flat(run.recipe().model_dump(mode="json")))
+        tracker.params(
+            {"base_model": run.resolved()["model"]["source"], "revision": run.resolved()["model"]["revision"]}
+        )
+        checks = run.manifest("prepare")
+        tracker.tags({f"data.{split}.sha256": facts["sha256"] for split, facts in checks["splits"].items()})
+        supervised.fit(run, tracker)
+
+
+def evaluate(run: Run) -> None:
+    from tunewright import tracking
+    from tunewright.evaluate import measure
+
+    with tracking.attach(run) as tracker:
+        measure.evaluate(run, tracker)
+
+
+def package(run: Run) -> None:
+    from tunewright import tracking
+    from tunewright.package import formats
+
+    with tracking.attach(run) as tracker:
+        formats.package(run, tracker)
+
+
+def serve(run: Run, host: str, port: int) -> None:
+    from tunewright import endpoint
+
+    endpoint.serve(run, host=host, port=port)
+
+
+STAGES: dict[str, Callable[[Run], None]] = {
+    "prepare": prepare,
+    "train": train,
+    "evaluate": evaluate,
+    "package": package,
+}
+
+
+def _flat(tree: dict[str, object], prefix: str = "") -> dict[str, object]:
+    """Nested keys as dotted ones, without those that are not set."""
+    flat: dict[str, object] = {}
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            flat |= _flat(value, f"{prefix}{key}.")
+        elif value is not None:
+            flat[prefix + key] = value
+    return flat
+
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    sys.exit(main())
