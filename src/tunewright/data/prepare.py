@@ -235,7 +235,7 @@ def _shape(recipe: Recipe, split: str, table: Table, findings: list[Finding]) ->
             rejected += 1
             findings.append(Finding(problem.code, problem.severity, row.where, str(problem), split, rejected=True))
     account = {
-        "source": [sources.shown(sources.Path(name)) if sources.is_file(name) else name for name in table.names],
+        "source": [sources.displayed(name) for name in table.names],
         "read": len(table.rows),
         "rejected": rejected,
         "truncated": 0,

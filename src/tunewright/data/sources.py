@@ -19,9 +19,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from tunewright import starter
 from tunewright.errors import DataError
 
 SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet", ".txt", ".md")
+STARTER = "starter:"
+"""Before the name of a data file that ships with Tunewright: `starter:train.jsonl`."""
 TEXT_BLOCK = 2000
 """Characters after which a plain text file's block ends at the next blank line."""
 
@@ -60,7 +63,8 @@ class Table:
 def is_file(source: str) -> bool:
     """Whether a recipe's source names files rather than a hub data set."""
     return (
-        source.lower().endswith(SUFFIXES)
+        source.startswith(STARTER)
+        or source.lower().endswith(SUFFIXES)
         or any(sign in source for sign in "*?[")
         or source.startswith(("/", "./", "../", "~"))
         or Path(source).exists()
@@ -69,7 +73,7 @@ def is_file(source: str) -> bool:
 
 def absolute(source: str, folder: Path) -> str:
     """A file source as an absolute path: as it stands from here, else from the recipe's folder."""
-    if not is_file(source) and not is_file(str(folder / source)):
+    if source.startswith(STARTER) or (not is_file(source) and not is_file(str(folder / source))):
         return source
     path = Path(source).expanduser()
     if path.is_absolute():
@@ -111,7 +115,7 @@ def files(source: str, key: str) -> list[Path]:
     Raises:
         DataError: none, or one of a kind that cannot be read.
     """
-    path = Path(source).expanduser()
+    path = _starter(source, key) if source.startswith(STARTER) else Path(source).expanduser()
     if path.is_file():
         found = [path]
     elif path.is_dir():
@@ -148,6 +152,18 @@ def shown(path: Path) -> str:
         return str(path.absolute().relative_to(Path.cwd()))
     except ValueError:
         return str(path)
+
+
+def displayed(source: str) -> str:
+    """A recipe's source as a person here would type it."""
+    return source if source.startswith(STARTER) or not is_file(source) else shown(Path(source))
+
+
+def _starter(source: str, key: str) -> Path:
+    try:
+        return starter.data_path(source.removeprefix(STARTER))
+    except FileNotFoundError as error:
+        raise DataError(f"{key}: {source}: {error}") from None
 
 
 def _read_file(path: Path) -> Iterator[Row | Broken]:

@@ -40,7 +40,8 @@ def serve(run: Run, *, host: str, port: int) -> None:
         app = create_app(
             served, name=recipe.endpoint_name, keys=keys, tokens_per_minute=recipe.deploy.tokens_per_minute
         )
-        logging.basicConfig(stream=sys.stdout, level=logging.INFO, format="%(asctime)s %(message)s", force=True)
+        logging.basicConfig(stream=sys.stdout, level=logging.WARNING, format="%(asctime)s %(message)s", force=True)
+        logging.getLogger("tunewright").setLevel(logging.INFO)
         config = uvicorn.Config(
             app,
             log_config=None,
