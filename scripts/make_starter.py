@@ -29,7 +29,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 STARTER = Path(__file__).resolve().parent.parent / "src" / "tunewright" / "starter"
 SEED = 7
-STEPS = 2200
+STEPS = 1900
 CONTEXT = 1024
 VOCABULARY = 4096
 END, PAD, SYSTEM, USER, ASSISTANT = SPECIAL_TOKENS = ["<|end|>", "<|pad|>", "<|system|>", "<|user|>", "<|assistant|>"]
@@ -76,7 +76,7 @@ class Schedule:
     tokens_per_step: int = 2048
     lengths: tuple[int, ...] = (256, 256, 256, 512, 256, 256, 256, 1024)
     """Length of the rows, step by step, over and over: mostly short, some at the full context."""
-    learning_rate: float = 3e-3
+    learning_rate: float = 2.5e-3
     warmup: float = 0.04
     """Share of the steps in which the learning rate rises."""
     floor: float = 0.03
@@ -273,6 +273,7 @@ def make_model(size: Size, vocabulary: int, seed: int) -> LlamaForCausalLM:
         num_attention_heads=size.heads,
         num_key_value_heads=size.key_value_heads,
         max_position_embeddings=CONTEXT,
+        initializer_range=0.05,  # at this width it learns faster at first than with the usual 0.02
         tie_word_embeddings=True,
         bos_token_id=None,
         eos_token_id=SPECIAL_TOKENS.index(END),
@@ -316,7 +317,7 @@ def train(
     optimizer = torch.optim.AdamW(
         [{"params": matrices, "weight_decay": schedule.weight_decay}, {"params": vectors, "weight_decay": 0.0}],
         lr=schedule.learning_rate,
-        betas=(0.9, 0.98),
+        betas=(0.9, 0.95),
         fused=True,
     )
     start = time.monotonic()

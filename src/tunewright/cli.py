@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from typer.exceptions import TyperException
 
 from tunewright import __version__, errors
 
@@ -23,7 +24,6 @@ app = typer.Typer(
     help="Fine-tune a language model on your own data, prove that it got better, serve it behind the OpenAI API.",
     epilog="Exit codes: 0 done, 1 a fault of ours or of the machine, 2 the input is wrong, 3 not better than "
     "must_beat, 130 stopped by Ctrl-C.",
-    no_args_is_help=True,
     add_completion=False,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
@@ -53,16 +53,14 @@ RUNS = Path("runs")
 
 def main() -> None:
     """The entry point: runs a command and turns errors into one line and an exit code."""
-    import click
-
     try:
-        code = app(standalone_mode=False)
-    except click.exceptions.Exit as leave:
+        code = app(args=sys.argv[1:] or ["--help"], standalone_mode=False)
+    except typer.Exit as leave:
         code = leave.exit_code
-    except click.ClickException as error:
-        error.show()
+    except TyperException as error:
+        _say(f"error: {error.format_message()} See `tunewright --help`, or the --help of the command.")
         code = errors.BAD_INPUT
-    except (KeyboardInterrupt, click.Abort):
+    except (KeyboardInterrupt, typer.Abort):
         print("\nstopped; the same command again goes on from here", file=sys.stderr)
         code = errors.INTERRUPTED
     except BrokenPipeError:

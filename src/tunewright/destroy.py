@@ -40,9 +40,8 @@ def destroy(run: Run, backend: Backend, *, files: bool = False) -> list[Removed]
         removed.append(_remove(run, backend, resource))
         if resource.entry:
             run.gone(resource.entry)
-    ended = tracking.end(run) if run.manifest_file("check").is_file() else None
-    if ended and not any(one.kind == "mlflow-run" for one in removed):
-        removed.append(Removed("mlflow-run", ended, "ended"))
+    if run.manifest_file("check").is_file() and tracking.end(run):
+        removed.append(Removed("mlflow-run", run.id, "ended"))
     run.manifest_file("deploy").unlink(missing_ok=True)
     if run.manifest_file("test").is_file():
         run.manifest_file("test").replace(run.last_test_file)  # what was measured is kept; the endpoint is not there
@@ -59,7 +58,8 @@ def destroy(run: Run, backend: Backend, *, files: bool = False) -> list[Removed]
 def _remove(run: Run, backend: Backend, resource: Resource) -> Removed:
     name = resource.name
     if resource.kind == "mlflow-run":
-        return Removed(resource.kind, tracking.end(run) or name, "ended; its record stays")
+        tracking.end(run)
+        return Removed(resource.kind, name, "ended; its record stays")
     if resource.kind == "mlflow-model":
         known = resource.facts.get("version")
         for version in [known] if known else tracking.versions_of(run, name):

@@ -3,19 +3,27 @@
 `LocalCompleter` works on weights in this process: evaluation and the endpoint both use it, so an answer over HTTP is
 computed by the code that computed the report. `RemoteCompleter` asks an endpoint that speaks the OpenAI API.
 
-Shapes: B prompts in a batch, T tokens in the longest of them, N nodes of the label tree, V vocabulary, L labels.
+Shapes: B prompts in a batch, T tokens in the longest of them, N nodes of the label tree, I of them with children, V
+vocabulary.
 """
 
 from __future__ import annotations
 
+import functools
+import inspect
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from tunewright import chat
 from tunewright.chat import Equipment, Message, Rendering
+from tunewright.errors import DataError
 
 Progress = Callable[[int, int], None]
+
+LOGITS = 2**26
+"""Numbers in one batch's logits at most (256 MB in float32), so that a large vocabulary does not fill the memory."""
 
 
 class Completer(Protocol):
@@ -73,15 +81,36 @@ class LabelTree:
             paths.append(path)
         return cls(tuple(labels), tokens, parents, depths, paths)
 
+    @functools.cached_property
+    def inner(self) -> list[int]:
+        """The nodes that have children, each behind its parent."""
+        return sorted({parent for parent in self.parents if parent >= 0})
+
+    def path_to(self, node: int) -> list[int]:
+        """A node and its ancestors, the first token's first."""
+        path = [node]
+        while self.parents[path[0]] >= 0:
+            path.insert(0, self.parents[path[0]])
+        return path
+
 
 class LocalCompleter:
     """A causal language model in this process."""
 
-    def __init__(self, model: Any, tokenizer: Any, equipment: Equipment, *, batch_tokens: int = 8192) -> None:
+    def __init__(
+        self,
+        model: Any,
+        tokenizer: Any,
+        equipment: Equipment,
+        *,
+        batch_tokens: int = 8192,
+        batch_rows: int | None = None,
+    ) -> None:
         self.model = model
         self.tokenizer = tokenizer
         self.equipment = equipment
         self.batch_tokens = batch_tokens
+        self.batch_rows = batch_rows
         self.context: int | None = getattr(model.config, "max_position_embeddings", None)
 
     # --- labels ---
@@ -97,58 +126,74 @@ class LocalCompleter:
 
         Only the label's own tokens are scored; nothing is taken from an argmax over the vocabulary.
         """
+        self._refuse_beyond_context(prompts, 1 + max(tree.depths))
         scores: list[list[float]] = [[] for _ in prompts]
         done = 0
-        for batch in self._batches([len(prompt) + len(tree.tokens) for prompt in prompts]):
-            for row, nodes in zip(batch, self._score_nodes([prompts[row] for row in batch], tree), strict=True):
+        sight = _sight(self.model) - max(tree.depths)
+        inside = [row for row, prompt in enumerate(prompts) if len(prompt) <= sight]
+        num_inner = len(tree.inner)
+        lengths = [len(prompts[row]) + num_inner for row in inside]
+        for batch in self._batches(lengths, [1 + num_inner] * len(inside)):
+            rows = [inside[place] for place in batch]
+            for row, nodes in zip(rows, self._score_nodes([prompts[row] for row in rows], tree), strict=True):
                 scores[row] = [float(sum(nodes[node] for node in path)) for path in tree.paths]
             done += len(batch)
             if progress:
                 progress(done, len(prompts))
+        for row, prompt in enumerate(prompts):
+            if len(prompt) > sight:
+                nodes = self._score_apart(prompt, tree)
+                scores[row] = [float(sum(nodes[node] for node in path)) for path in tree.paths]
+                done += 1
+                if progress:
+                    progress(done, len(prompts))
         return scores
 
     def _score_nodes(self, prompts: Sequence[list[int]], tree: LabelTree) -> Any:
         """Log-probability of each tree node given its prompt and ancestors, B x N, in one forward pass.
 
-        The tree stands behind each prompt in one sequence; an attention mask lets a node see the prompt and its own
-        ancestors alone, and its position id is the one it would have if only its label stood there.
+        The nodes that have children stand behind each prompt in one sequence; an attention mask lets each see the
+        prompt and its own ancestors alone, and its position id is the one it would have if only its label stood there.
         """
         import torch
 
         device = self.model.device
-        num_nodes = len(tree.tokens)
+        inner = tree.inner
+        place = {-1: 0} | {node: number for number, node in enumerate(inner, start=1)}
         longest = max(map(len, prompts))
-        size = longest + num_nodes
+        size = longest + len(inner)
         ids_BT = torch.full((len(prompts), size), self.equipment.pad_id, dtype=torch.long)
         positions_BT = torch.zeros((len(prompts), size), dtype=torch.long)
         sees_BTT = torch.zeros((len(prompts), size, size), dtype=torch.bool)
-        ancestors_NN = torch.eye(num_nodes, dtype=torch.bool)
-        for node, parent in enumerate(tree.parents):
-            if parent >= 0:
-                ancestors_NN[node] |= ancestors_NN[parent]
-        depths_N = torch.tensor(tree.depths)
+        keep_BT = torch.zeros((len(prompts), size), dtype=torch.bool)
+        ancestors_II = torch.eye(len(inner), dtype=torch.bool)
+        for number, node in enumerate(inner):
+            if tree.parents[node] >= 0:
+                ancestors_II[number] |= ancestors_II[place[tree.parents[node]] - 1]
+        tokens_I = torch.tensor([tree.tokens[node] for node in inner], dtype=torch.long)
+        depths_I = torch.tensor([tree.depths[node] for node in inner], dtype=torch.long)
         for row, prompt in enumerate(prompts):
             length = len(prompt)
             ids_BT[row, :length] = torch.tensor(prompt)
             positions_BT[row, :length] = torch.arange(length)
             sees_BTT[row, :length, :length] = torch.ones(length, length, dtype=torch.bool).tril()
-            ids_BT[row, longest:] = torch.tensor(tree.tokens)
-            positions_BT[row, longest:] = length + depths_N
+            ids_BT[row, longest:] = tokens_I
+            positions_BT[row, longest:] = length + depths_I
             sees_BTT[row, longest:, :length] = True
-            sees_BTT[row, longest:, longest:] = ancestors_NN
+            sees_BTT[row, longest:, longest:] = ancestors_II
             padding = torch.arange(length, longest)
             sees_BTT[row, padding, padding] = True  # a row of the mask must not be empty
-        inner = sorted({parent for parent in tree.parents if parent >= 0})
-        place = {-1: 0} | {parent: number for number, parent in enumerate(inner, start=1)}
-        keep_BT = torch.zeros((len(prompts), size), dtype=torch.bool)
-        for row, prompt in enumerate(prompts):
-            keep_BT[row, len(prompt) - 1] = True
-            keep_BT[row, [longest + node for node in inner]] = True
-        with torch.inference_mode():
+            keep_BT[row, length - 1] = True
+            keep_BT[row, longest:] = True
+        dtype = (
+            self.model.dtype
+        )  # numbers to add, not truth values: an attention without a kernel adds what it is given
+        mask_BTT = torch.zeros(sees_BTT.shape, dtype=dtype).masked_fill_(~sees_BTT, torch.finfo(dtype).min)
+        with torch.no_grad():
             logits = self.model(
                 input_ids=ids_BT.to(device),
                 position_ids=positions_BT.to(device),
-                attention_mask=sees_BTT[:, None].to(device),
+                attention_mask=mask_BTT[:, None].to(device),
                 logits_to_keep=keep_BT.to(device),
                 use_cache=False,
             ).logits
@@ -156,27 +201,47 @@ class LocalCompleter:
         rows = torch.tensor([place[parent] for parent in tree.parents])
         return logprobs[:, rows, torch.tensor(tree.tokens)].double().numpy()
 
+    def _score_apart(self, prompt: list[int], tree: LabelTree) -> dict[int, float]:
+        """As `_score_nodes` for one prompt, with each label in an ordinary sequence of its own: for architectures in
+        which a place does not see all that comes before it, or that take no mask of ours."""
+        branches = [tree.path_to(node) for node in range(len(tree.tokens)) if node not in tree.inner]
+        renderings = [
+            Rendering(prompt + [tree.tokens[node] for node in branch], [False] * len(prompt) + [True] * len(branch))
+            for branch in branches
+        ]
+        nodes: dict[int, float] = {}
+        for branch, logprobs in zip(branches, self._target_logprobs(renderings), strict=True):
+            nodes |= dict(zip(branch, logprobs, strict=True))
+        return nodes
+
     # --- losses ---
 
     def losses(self, renderings: Sequence[Rendering], *, progress: Progress | None = None) -> list[tuple[float, int]]:
-        """For each rendering, the summed negative log-likelihood (nats) of its targets, and their number."""
+        """For each rendering, the summed negative log-likelihood (nats) of its targets, and their number.
+
+        Nothing predicts a first token, so it is never counted.
+        """
+        return [(-math.fsum(logprobs), len(logprobs)) for logprobs in self._target_logprobs(renderings, progress)]
+
+    def _target_logprobs(self, renderings: Sequence[Rendering], progress: Progress | None = None) -> list[list[float]]:
+        """For each rendering, the log-probability of each of its targets but a first token."""
         import torch
 
-        results: list[tuple[float, int]] = [(0.0, 0)] * len(renderings)
+        found: list[list[float]] = [[] for _ in renderings]
         done = 0
-        for batch in self._batches([len(one.ids) for one in renderings]):
-            longest = max(len(renderings[row].ids) for row in batch)
+        lengths = [len(one.ids) for one in renderings]
+        for batch in self._batches(lengths, [sum(one.mask[1:]) for one in renderings]):
+            longest = max(lengths[row] for row in batch)
             ids_BT = torch.full((len(batch), longest), self.equipment.pad_id, dtype=torch.long)
             real_BT = torch.zeros((len(batch), longest), dtype=torch.long)
             target_BT = torch.zeros((len(batch), longest), dtype=torch.bool)
             for place, row in enumerate(batch):
-                length = len(renderings[row].ids)
-                ids_BT[place, :length] = torch.tensor(renderings[row].ids)
-                real_BT[place, :length] = 1
-                target_BT[place, :length] = torch.tensor(renderings[row].mask)
-            target_BT[:, 0] = False  # nothing predicts the first token
+                ids_BT[place, : lengths[row]] = torch.tensor(renderings[row].ids)
+                real_BT[place, : lengths[row]] = 1
+                target_BT[place, : lengths[row]] = torch.tensor(renderings[row].mask)
+            target_BT[:, 0] = False
             before_BT = target_BT.roll(-1, dims=1)
-            with torch.inference_mode():
+            with torch.no_grad():  # no inference mode: training calls this too, and must not find its tensors
                 logits = self.model(
                     input_ids=ids_BT.to(self.model.device),
                     attention_mask=real_BT.to(self.model.device),
@@ -185,48 +250,64 @@ class LocalCompleter:
                 ).logits.float()
                 nll = torch.nn.functional.cross_entropy(logits, ids_BT[target_BT].to(logits.device), reduction="none")
             counts = target_BT.sum(dim=1).tolist()
-            for row, part in zip(batch, nll.double().cpu().split(counts), strict=True):
-                results[row] = (float(part.sum()), len(part))
+            for row, part in zip(batch, (-nll.double()).cpu().split(counts), strict=True):
+                found[row] = part.tolist()
             done += len(batch)
             if progress:
                 progress(done, len(renderings))
-        return results
+        return found
 
     # --- text ---
 
     def generate(
         self, prompts: Sequence[list[int]], *, max_new_tokens: int, progress: Progress | None = None
     ) -> list[str]:
-        """Greedy answers, without the end-of-turn token."""
-        import torch
-
+        """Greedy answers, without the end-of-turn token, each as long as the context has room for."""
+        self._refuse_beyond_context(prompts)
         answers = [""] * len(prompts)
         done = 0
-        for batch in self._batches([len(prompt) + max_new_tokens for prompt in prompts]):
-            room = max_new_tokens
-            longest = max(len(prompts[row]) for row in batch)
-            if self.context is not None:
-                room = max(1, min(room, self.context - longest))
-            ids_BT = torch.full((len(batch), longest), self.equipment.pad_id, dtype=torch.long)
-            real_BT = torch.zeros((len(batch), longest), dtype=torch.long)
-            for place, row in enumerate(batch):
-                ids_BT[place, longest - len(prompts[row]) :] = torch.tensor(prompts[row])
-                real_BT[place, longest - len(prompts[row]) :] = 1
-            with torch.inference_mode():
-                out_BT = self.model.generate(
-                    input_ids=ids_BT.to(self.model.device),
-                    attention_mask=real_BT.to(self.model.device),
-                    max_new_tokens=room,
-                    do_sample=False,
-                    eos_token_id=self.equipment.stop_ids,
-                    pad_token_id=self.equipment.pad_id,
-                )
-            for row, ids in zip(batch, out_BT[:, longest:].tolist(), strict=True):
-                answers[row] = self.text(ids)
-            done += len(batch)
-            if progress:
-                progress(done, len(prompts))
+        rooms = [self.room(prompt, max_new_tokens) for prompt in prompts]
+        for room in sorted(set(rooms), reverse=True):
+            rows = [row for row, its_room in enumerate(rooms) if its_room == room]
+            for batch in self._batches([len(prompts[row]) + room for row in rows], [1] * len(rows)):
+                chosen = [rows[place] for place in batch]
+                if room > 0:
+                    for row, ids in zip(chosen, self._generate([prompts[row] for row in chosen], room), strict=True):
+                        answers[row] = self.text(ids)
+                done += len(batch)
+                if progress:
+                    progress(done, len(prompts))
         return answers
+
+    def _generate(self, prompts: Sequence[list[int]], room: int) -> list[list[int]]:
+        """What follows each prompt, in ids: greedy, whatever the model's own generation settings say."""
+        import torch
+        from transformers import GenerationConfig
+
+        longest = max(map(len, prompts))
+        ids_BT = torch.full((len(prompts), longest), self.equipment.pad_id, dtype=torch.long)
+        real_BT = torch.zeros((len(prompts), longest), dtype=torch.long)
+        for row, prompt in enumerate(prompts):
+            ids_BT[row, longest - len(prompt) :] = torch.tensor(prompt)
+            real_BT[row, longest - len(prompt) :] = 1
+        own, self.model.generation_config = self.model.generation_config, GenerationConfig()
+        try:
+            out_BT = self.model.generate(
+                input_ids=ids_BT.to(self.model.device),
+                attention_mask=real_BT.to(self.model.device),
+                max_new_tokens=room,
+                do_sample=False,
+                eos_token_id=self.equipment.stop_ids,
+                pad_token_id=self.equipment.pad_id,
+            )
+        finally:
+            self.model.generation_config = own
+        said: list[list[int]] = out_BT[:, longest:].tolist()
+        return said
+
+    def room(self, prompt: Sequence[int], wanted: int) -> int:
+        """How many tokens can be generated behind a prompt: `wanted`, or what the context still holds."""
+        return wanted if self.context is None else min(wanted, self.context - len(prompt))
 
     def answer(self, messages: Sequence[Message], *, max_new_tokens: int) -> str:
         return self.generate([chat.render_prompt(self.tokenizer, messages)], max_new_tokens=max_new_tokens)[0]
@@ -241,13 +322,14 @@ class LocalCompleter:
         seed: int | None = None,
         num_top: int = 0,
     ) -> Iterator[Token]:
-        """Tokens one at a time, up to and including a stop token. Temperature 0 is greedy.
+        """Tokens one at a time, up to and including a stop token or to the end of the context. Temperature 0 is greedy.
 
-        Token texts joined give the decoded answer: a character whose bytes are spread over several tokens comes with
+        Token texts joined give `text` of the ids: a character whose bytes are spread over several tokens comes with
         the last of them.
         """
         import torch
 
+        self._refuse_beyond_context([prompt])
         generator = torch.Generator(device="cpu")
         if seed is None:
             generator.seed()
@@ -257,7 +339,7 @@ class LocalCompleter:
         ids = torch.tensor([prompt], device=self.model.device)
         said: list[int] = []
         shown = ""
-        for _ in range(max_new_tokens):
+        for _ in range(self.room(prompt, max_new_tokens)):
             with torch.inference_mode():
                 out = self.model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
             cache = out.past_key_values
@@ -268,8 +350,7 @@ class LocalCompleter:
             stops = token in self.equipment.stop_ids
             if not stops:
                 said.append(token)
-            whole = self.text(said)
-            fresh = "" if stops or whole.endswith("\N{REPLACEMENT CHARACTER}") else whole[len(shown) :]
+            fresh = self.text(said)[len(shown) :]
             shown += fresh
             yield Token(token, fresh, float(logprobs_V[token]), alternatives)
             if stops:
@@ -277,26 +358,41 @@ class LocalCompleter:
             ids = torch.tensor([[token]], device=self.model.device)
 
     def text(self, ids: Sequence[int]) -> str:
-        """What generated ids say, up to a stop token."""
+        """What generated ids say, up to a stop token. A character that has not got all its bytes is left out."""
         ids = list(ids)
         for place, token in enumerate(ids):
             if token in self.equipment.stop_ids:
                 ids = ids[:place]
                 break
         text: str = self.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-        return text
+        return text.rstrip("\N{REPLACEMENT CHARACTER}")
 
-    def _batches(self, lengths: Sequence[int]) -> Iterator[list[int]]:
-        """Row numbers in batches of like length, each batch at most `batch_tokens` with its padding."""
+    def _batches(self, lengths: Sequence[int], kept: Sequence[int]) -> Iterator[list[int]]:
+        """Row numbers in batches of like length, each batch at most `batch_tokens` with its padding, `batch_rows`, and
+        `LOGITS` for the `kept` places of its rows."""
         order = sorted(range(len(lengths)), key=lambda row: (-lengths[row], row))
+        most_kept = LOGITS // self.model.config.get_text_config().vocab_size
         batch: list[int] = []
         for row in order:
-            if batch and (len(batch) + 1) * lengths[batch[0]] > self.batch_tokens:
+            if batch and (
+                (len(batch) + 1) * lengths[batch[0]] > self.batch_tokens
+                or len(batch) == self.batch_rows
+                or sum(kept[one] for one in batch) + kept[row] > most_kept
+            ):
                 yield batch
                 batch = []
             batch.append(row)
         if batch:
             yield batch
+
+    def _refuse_beyond_context(self, prompts: Sequence[list[int]], answer: int = 0) -> None:
+        # The last token of an answer is only predicted, so it needs no place.
+        longest = max(map(len, prompts), default=0)
+        if self.context is not None and longest + max(0, answer - 1) > self.context:
+            behind = f" and an answer of {answer}" if answer else ""
+            raise DataError(
+                f"a prompt of {longest} tokens{behind} does not fit into the {self.context} tokens that the model holds"
+            )
 
 
 class RemoteCompleter:
@@ -324,5 +420,23 @@ def _choose(logprobs_V: Any, temperature: float, top_p: float, generator: Any) -
         return int(logprobs_V.argmax())
     probs_V = (logprobs_V / temperature).softmax(-1)
     sorted_V, order_V = probs_V.sort(descending=True)
-    sorted_V[(sorted_V.cumsum(-1) - sorted_V) >= top_p] = 0
+    sorted_V[1:][(sorted_V.cumsum(-1) - sorted_V)[1:] >= top_p] = 0
     return int(order_V[torch.multinomial(sorted_V, 1, generator=generator)])
+
+
+def _sight(model: Any) -> float:
+    """The longest sequence in which each place attends to all before it, under a mask and position ids of ours.
+
+    0 where the architecture takes no position ids (recurrent states, positions counted from the mask).
+    """
+    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    config = inner.config.get_text_config()
+    kinds = set(getattr(config, "layer_types", None) or ())
+    if (
+        "position_ids" not in inspect.signature(inner.forward).parameters
+        or getattr(config, "alibi", False)
+        or kinds - {"full_attention", "sliding_attention", "chunked_attention"}
+    ):
+        return 0
+    windows = (getattr(config, name, None) for name in ("sliding_window", "attention_chunk_size", "window_size"))
+    return min((window for window in windows if window), default=math.inf)

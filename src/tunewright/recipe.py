@@ -9,8 +9,9 @@ from __future__ import annotations
 import difflib
 import hashlib
 import json
+import re
 import typing
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -23,18 +24,91 @@ Task = Literal["classification", "chat", "pretraining"]
 Baseline = Literal["zero-shot", "few-shot", "tfidf", "majority"]
 
 
+Scheduler = Literal[
+    "linear",
+    "cosine",
+    "cosine_with_restarts",
+    "polynomial",
+    "constant",
+    "constant_with_warmup",
+    "inverse_sqrt",
+    "reduce_lr_on_plateau",
+    "cosine_with_min_lr",
+    "cosine_warmup_with_min_lr",
+    "warmup_stable_decay",
+    "greedy",
+]
+"""What Transformers calls `SchedulerType`. Spelled out, so that a typo is found before a stage begins."""
+
+Optimizer = Literal[
+    "adamw_torch",
+    "adamw_torch_fused",
+    "adamw_torch_xla",
+    "adamw_torch_npu_fused",
+    "adafactor",
+    "adamw_anyprecision",
+    "adamw_torch_4bit",
+    "adamw_torch_8bit",
+    "ademamix",
+    "sgd",
+    "adagrad",
+    "adamw_bnb_8bit",
+    "adamw_8bit",
+    "ademamix_8bit",
+    "lion_8bit",
+    "lion_32bit",
+    "paged_adamw_32bit",
+    "paged_adamw_8bit",
+    "paged_ademamix_32bit",
+    "paged_ademamix_8bit",
+    "paged_lion_32bit",
+    "paged_lion_8bit",
+    "rmsprop",
+    "rmsprop_bnb",
+    "rmsprop_bnb_8bit",
+    "rmsprop_bnb_32bit",
+    "lomo",
+    "adalomo",
+    "grokadamw",
+    "schedule_free_radam",
+    "schedule_free_adamw",
+    "schedule_free_sgd",
+    "stable_adamw",
+]
+"""What Transformers calls `OptimizerNames`, less GaLore and APOLLO, which need `optim_target_modules`."""
+
+
 def _one_or_many(value: Any) -> Any:
     return (value,) if isinstance(value, str) else value
 
 
-Sources = Annotated[tuple[str, ...], BeforeValidator(_one_or_many), Field(min_length=1)]
+def _numbers(value: Any) -> Any:
+    """PyYAML reads `1e-5` as a string. Where the type of a value is not known, what looks like a number is one."""
+    if isinstance(value, dict):
+        return {key: _numbers(below) for key, below in value.items()}
+    if isinstance(value, str) and re.fullmatch(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+", value):
+        return float(value)
+    return value
+
+
+Source = Annotated[str, Field(min_length=1)]
+Sources = Annotated[
+    tuple[Source, ...],
+    BeforeValidator(
+        _one_or_many, json_schema_input_type=Source | Annotated[tuple[Source, ...], Field(min_length=1)]
+    ),
+    Field(min_length=1),
+]
+Options = Annotated[dict[str, Any], BeforeValidator(_numbers)]
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,62}$")]
 
 
 class Section(BaseModel):
     """A frozen part of a recipe; a key that it does not know is an error."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, protected_namespaces=())
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, use_attribute_docstrings=True, protected_namespaces=(), allow_inf_nan=False
+    )
 
 
 class Limit(Section):
@@ -53,6 +127,24 @@ class Split(Section):
     """The share of rows held out when no test set is named. Equal rows always fall on the same side."""
     seed: int = 42
     """Another seed holds out other rows."""
+
+
+COLUMNS: dict[str, tuple[Task, ...]] = {
+    "text": ("classification", "pretraining"),
+    "label": ("classification",),
+    "labels": ("classification",),
+    "prompt": ("chat",),
+    "completion": ("chat",),
+    "instruction": ("chat",),
+    "input": ("chat",),
+    "response": ("chat",),
+    "messages": ("chat",),
+    "system": ("classification", "chat"),
+}
+"""Keys of `data` that mean something for some tasks only."""
+
+SHAPES = (("messages",), ("prompt", "completion"), ("instruction", "input", "response"))
+"""Columns of a chat row that belong together; a recipe names those of one shape."""
 
 
 class Data(Section):
@@ -83,12 +175,30 @@ class Data(Section):
     system: str | None = None
     """A system message put before every example that has none."""
     limit: Limit = Limit()
+    """How many rows to use of each split. Default: all."""
     split: Split = Split()
+    """How rows are held out where no test set is named."""
     over_length: Literal["truncate", "drop", "error"] = "truncate"
     """What happens to a row longer than `train.max_length`: the prompt loses its end (never the answer), or the row
     is left out, or nothing starts. Each such row is named in data/checks.json."""
     bad_rows: Literal["stop", "skip"] = "stop"
     """What happens at a row that cannot be read (broken JSON, a missing column): stop, or leave it out and name it."""
+
+    @model_validator(mode="after")
+    def _nothing_is_ignored(self) -> Data:
+        if self.test is not None and "split" in self.model_fields_set:
+            raise ValueError("split holds out rows where no test set is named, and test names one; remove one of them")
+        if self.validation is None and self.limit.validation is not None:
+            raise ValueError("limit.validation limits rows that are not there; set validation")
+        named = [[column for column in shape if getattr(self, column) is not None] for shape in SHAPES]
+        if len([columns for columns in named if columns]) > 1:
+            raise ValueError(
+                f"{', '.join(column for columns in named for column in columns)} are not of one kind of row; choose "
+                + " or ".join(" + ".join(shape) for shape in SHAPES)
+            )
+        if ["input"] in named:
+            raise ValueError("input alone says nothing; name instruction and response")
+        return self
 
 
 class Lora(Section):
@@ -116,20 +226,21 @@ class Train(Section):
     max_length: int | None = Field(default=None, ge=8)
     """Longest example in tokens. Default: the model's context, at most 1,024."""
     lora: Lora = Lora()
+    """The adapter (method: lora)."""
 
     max_steps: int = Field(default=-1, ge=-1)
     """Stop after this many optimizer steps; -1 leaves it to `epochs`."""
     gradient_accumulation_steps: int = Field(default=1, ge=1)
     per_device_eval_batch_size: int = Field(default=8, ge=1)
-    optim: str = "adamw_torch_fused"
+    optim: Optimizer = "adamw_torch_fused"
     optim_args: str | None = None
     weight_decay: float = Field(default=0.0, ge=0)
     adam_beta1: float = Field(default=0.9, ge=0, lt=1)
     adam_beta2: float = Field(default=0.999, ge=0, lt=1)
     adam_epsilon: float = Field(default=1e-8, gt=0)
     max_grad_norm: float = Field(default=1.0, ge=0)
-    lr_scheduler_type: str = "linear"
-    lr_scheduler_kwargs: dict[str, Any] | None = None
+    lr_scheduler_type: Scheduler = "linear"
+    lr_scheduler_kwargs: Options | None = None
     warmup_steps: float = Field(default=0, ge=0)
     """Steps of linear warm-up; below 1, a share of all steps."""
     warmup_ratio: float | None = Field(default=None, ge=0, lt=1)
@@ -140,26 +251,26 @@ class Train(Section):
     tf32: bool | None = None
     use_cpu: bool = False
     gradient_checkpointing: bool = False
-    gradient_checkpointing_kwargs: dict[str, Any] | None = None
+    gradient_checkpointing_kwargs: Options | None = None
     torch_compile: bool = False
     torch_compile_backend: str | None = None
     torch_compile_mode: str | None = None
-    torch_empty_cache_steps: int | None = None
+    torch_empty_cache_steps: int | None = Field(default=None, ge=1)
     logging_strategy: Literal["no", "steps", "epoch"] = "steps"
     logging_steps: float = Field(default=1, gt=0)
     logging_first_step: bool = False
     logging_nan_inf_filter: bool = False
     eval_strategy: Literal["no", "steps", "epoch"] = "no"
     """When to measure the loss on `data.validation`."""
-    eval_steps: float | None = None
-    eval_delay: float = 0
+    eval_steps: float | None = Field(default=None, gt=0)
+    eval_delay: float = Field(default=0, ge=0)
     eval_on_start: bool = False
     save_strategy: Literal["no", "steps", "epoch"] = "epoch"
     """When to write a checkpoint that a killed run goes on from."""
     save_steps: float = Field(default=500, gt=0)
     save_total_limit: int | None = Field(default=2, ge=1)
     load_best_model_at_end: bool = False
-    metric_for_best_model: str | None = None
+    metric_for_best_model: Literal["loss", "eval_loss"] | None = None
     greater_is_better: bool | None = None
     seed: int = Field(default=42, ge=0)
     data_seed: int | None = None
@@ -169,7 +280,7 @@ class Train(Section):
     dataloader_num_workers: int = Field(default=0, ge=0)
     dataloader_pin_memory: bool = True
     dataloader_persistent_workers: bool = False
-    dataloader_prefetch_factor: int | None = None
+    dataloader_prefetch_factor: int | None = Field(default=None, ge=1)
 
     @model_validator(mode="after")
     def _consistent(self) -> Train:
@@ -177,9 +288,45 @@ class Train(Section):
             raise ValueError("warmup_ratio and warmup_steps are both set; choose one")
         if self.bf16 and self.fp16:
             raise ValueError("bf16 and fp16 are both set; choose one")
+        for key in ("logging_steps", "eval_steps", "save_steps"):
+            steps = getattr(self, key)
+            if steps is not None and steps > 1 and steps != int(steps):
+                raise ValueError(f"{key} is {steps:g}; say whole steps, or a share of all steps below 1")
         if "eval_steps" in self.model_fields_set and "eval_strategy" not in self.model_fields_set:
             raise ValueError("eval_steps is set but eval_strategy is 'no'; add eval_strategy: steps")
+        if self.eval_strategy == "no":
+            for key in ("load_best_model_at_end", "eval_on_start"):
+                if getattr(self, key):
+                    raise ValueError(f"{key} needs a validation loss; add eval_strategy: steps or epoch")
+            if self.lr_scheduler_type in ("reduce_lr_on_plateau", "greedy"):
+                raise ValueError(
+                    f"lr_scheduler_type: {self.lr_scheduler_type} follows the validation loss; "
+                    "add eval_strategy: steps or epoch"
+                )
+        if self.load_best_model_at_end:
+            self._saves_what_it_measures()
+        if not self.dataloader_num_workers:
+            for key in ("dataloader_prefetch_factor", "dataloader_persistent_workers"):
+                if getattr(self, key):
+                    raise ValueError(f"{key} is for worker processes; set dataloader_num_workers")
         return self
+
+    def _saves_what_it_measures(self) -> None:
+        """The best checkpoint can only be loaded if there is one for each measurement."""
+        if self.save_strategy != self.eval_strategy:
+            raise ValueError(
+                "load_best_model_at_end needs save_strategy and eval_strategy to be the same; "
+                f"they are {self.save_strategy} and {self.eval_strategy}"
+            )
+        every = self.eval_steps or self.logging_steps
+        times = self.save_steps / every
+        if self.save_strategy == "steps" and (
+            (every < 1) != (self.save_steps < 1) or abs(times - round(times)) > 1e-6 or round(times) < 1
+        ):
+            raise ValueError(
+                f"load_best_model_at_end needs save_steps ({self.save_steps:g}) to be a multiple of eval_steps "
+                f"({every:g})"
+            )
 
     @model_validator(mode="before")
     @classmethod
@@ -296,6 +443,7 @@ class Evaluate(Section):
     metric: Literal["accuracy", "f1_macro", "exact_match", "rouge_l", "loss"] | None = None
     """What the verdict is about. Default: accuracy for classes, rouge_l for chat, loss for pretraining."""
     batch_size: int = Field(default=16, ge=1)
+    """Rows that a model answers at once."""
     max_new_tokens: int = Field(default=128, ge=1)
     """Longest answer generated for a chat test row."""
     few_shot: int = Field(default=4, ge=1)
@@ -303,6 +451,7 @@ class Evaluate(Section):
     bootstrap: int = Field(default=2000, ge=200)
     """Resamples behind each interval."""
     seed: int = 42
+    """Of the resamples, the permutations and the few-shot examples."""
 
 
 class Package(Section):
@@ -316,6 +465,7 @@ class Deploy(Section):
     name: Name | None = None
     """The model's name at the endpoint. Default: the recipe's name."""
     host: str = "127.0.0.1"
+    """Address that the endpoint listens on."""
     port: int | None = Field(default=None, ge=1, le=65535)
     """Default: any free port."""
     tokens_per_minute: int | None = Field(default=None, ge=1)
@@ -336,9 +486,11 @@ METRICS: dict[str, tuple[str, ...]] = {
 
 class Tracking(Section):
     enabled: bool = True
+    """Whether MLflow gets a run for each run here."""
     uri: str | None = None
     """MLflow tracking URI. Default: MLFLOW_TRACKING_URI, else sqlite in the runs folder."""
     experiment: str = "tunewright"
+    """MLflow experiment that the run is listed under."""
     checkpoints: bool = True
     """Log each checkpoint's weights (not the optimizer's state) as artifacts."""
 
@@ -346,33 +498,44 @@ class Tracking(Section):
 class BackendChoice(BaseModel):
     """`kind` names a backend; the rest of the table belongs to that backend, which validates it."""
 
-    model_config = ConfigDict(extra="allow", frozen=True)
+    model_config = ConfigDict(extra="allow", frozen=True, use_attribute_docstrings=True)
 
     kind: str = "local"
+    """The backend's name; the other keys are its own."""
 
 
 class Recipe(Section):
     name: Name
     """Names the run folder, the endpoint's model and the registered model."""
-    model: str
+    model: str = Field(min_length=1)
     """The base: a hub name, a folder, or `starter` (ships with Tunewright)."""
     revision: str | None = None
     """Branch, tag or commit of a hub model. What was used is written to resolved.json."""
     task: Task
+    """What is learnt: the class of a text, an assistant's turns, or the text itself."""
     data: Data
+    """Where the rows come from and which of their columns say what."""
     train: Train = Train()
+    """How to train."""
     evaluate: Evaluate = Evaluate()
+    """What the tuned model is measured by, and against what."""
     package: Package = Package()
+    """What is made of the trained weights."""
     deploy: Deploy = Deploy()
+    """The endpoint."""
     tracking: Tracking = Tracking()
+    """MLflow."""
     backend: BackendChoice = BackendChoice()
+    """Where the stages run."""
 
     @model_validator(mode="after")
     def _fits_the_task(self) -> Recipe:
+        for key, tasks in COLUMNS.items():
+            if getattr(self.data, key) is not None and self.task not in tasks:
+                raise ValueError(f"data.{key} is for task: {' or '.join(tasks)}, not for {self.task}")
+        if self.task == "pretraining" and self.data.over_length != "truncate":
+            raise ValueError("data.over_length is for prompts; a long text is learnt in pieces, none of it is lost")
         if self.task != "classification":
-            for key in ("label", "labels"):
-                if getattr(self.data, key) is not None:
-                    raise ValueError(f"data.{key} is for task: classification, not for {self.task}")
             for baseline in (*(self.evaluate.baselines or ()), self.evaluate.must_beat):
                 if baseline in ("tfidf", "majority"):
                     raise ValueError(f"evaluate: the baseline {baseline} needs task: classification")
@@ -444,10 +607,12 @@ def loads(text: str, where: str = "recipe", overrides: Iterable[str] = ()) -> Re
     try:
         node = yaml.compose(text, Loader=yaml.SafeLoader)
         given = yaml.safe_load(text)
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: a date such as 2026-13-45
         mark = getattr(error, "problem_mark", None)
         line = f":{mark.line + 1}" if mark else ""
-        raise RecipeError(f"{where}{line}: not YAML: {getattr(error, 'problem', None) or error}") from None
+        raise RecipeError(f"{where}{line}: not YAML: {_said(error)}") from None
+    for key, at in _repeated(node):
+        raise RecipeError(f"{where}:{at}: `{key}` is given a second time; remove one of them")
     if not isinstance(given, dict):
         raise RecipeError(f"{where}: a recipe is a table of keys such as name, model, task and data")
     overrides = list(overrides)
@@ -456,8 +621,12 @@ def loads(text: str, where: str = "recipe", overrides: Iterable[str] = ()) -> Re
     try:
         return Recipe.model_validate(given)
     except ValidationError as error:
-        lines = [_explain(problem, node, where, overrides) for problem in error.errors()]
-        raise RecipeError("\n".join(dict.fromkeys(lines))) from None
+        said: dict[str, dict[str, None]] = {}
+        for problem in error.errors():
+            place, message = _explain(problem, node, where, overrides)
+            said.setdefault(place, {})[message] = None
+        lines = [f"{place}: {', or '.join(messages)}".removesuffix(": ") for place, messages in said.items()]
+        raise RecipeError("\n".join(lines)) from None
 
 
 def dump(recipe: Recipe) -> str:
@@ -479,31 +648,79 @@ def _apply(given: dict[str, Any], override: str) -> None:
         raise RecipeError(f"--set {override}: say key=value, such as --set train.learning_rate=1e-4")
     *parents, last = key.strip().split(".")
     for parent in parents:
-        below = given.setdefault(parent, {})
+        if given.get(parent) is None:
+            given[parent] = {}
+        below = given[parent]
         if not isinstance(below, dict):
             raise RecipeError(f"--set {override}: {parent} is not a table")
         given = below
     try:
         given[last] = yaml.safe_load(value)
-    except yaml.YAMLError as error:
-        raise RecipeError(f"--set {override}: {getattr(error, 'problem', None) or error}") from None
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise RecipeError(f"--set {override}: {_said(error)}") from None
 
 
-def _explain(problem: Mapping[str, Any], node: yaml.Node | None, where: str, overrides: list[str]) -> str:
-    """One line for one of pydantic's findings: where, what, and what to do."""
-    path = [part for part in problem["loc"] if not (isinstance(part, str) and part.startswith(("function-", "tuple[")))]
+def _said(error: Exception) -> str:
+    return getattr(error, "problem", None) or str(error).splitlines()[0]
+
+
+def _repeated(node: yaml.Node | None) -> Iterator[tuple[str, int]]:
+    """Keys that stand twice in one table, of which YAML would silently take the last; each with its line."""
+    waiting, seen = [node], set()
+    while waiting:
+        node = waiting.pop()
+        if node is None or id(node) in seen:
+            continue
+        seen.add(id(node))
+        if isinstance(node, yaml.SequenceNode):
+            waiting += node.value
+        if isinstance(node, yaml.MappingNode):
+            keys = set()
+            for key, below in node.value:
+                if isinstance(key, yaml.ScalarNode):
+                    if key.value in keys:
+                        yield key.value, key.start_mark.line + 1
+                    keys.add(key.value)
+                waiting.append(below)
+
+
+def _explain(
+    problem: Mapping[str, Any], node: yaml.Node | None, where: str, overrides: list[str]
+) -> tuple[str, str]:
+    """One of pydantic's findings: the place (file:line and key), and what is wrong there and what to do."""
+    path = [part for part in problem["loc"] if not _is_branch(part)]
+    message = str(problem["msg"]).removeprefix("Value error, ").replace("a valid tuple", "a list")
+    own = problem["type"] == "value_error"  # a validator of ours: its message begins with the key
+    line = _line(node, path + message.split()[0].rstrip(":,").split(".") if own else path)
     dotted = ".".join(str(part) for part in path)
-    place = f"{where}:{line}" if (line := _line(node, path)) else where
-    place = next((f"--set {said}" for said in overrides if said.partition("=")[0].strip() == dotted), place)
+    place = f"{where}:{line}" if line else where
+    for override in overrides:
+        key = override.partition("=")[0].strip()
+        if dotted == key or dotted.startswith(key + "."):
+            place = f"--set {override}"
     if problem["type"] == "extra_forbidden":
-        return f"{place}: {_unknown_key(path)}"
+        return f"{place}: {_unknown_key(path)}", ""
     if problem["type"] == "missing":
-        return f"{place}: `{dotted}` is missing"
-    message = str(problem["msg"]).removeprefix("Value error, ")
+        return f"{place}: `{dotted}` is missing", ""
     if dotted == "task" and problem["input"] in ("preference", "reward"):
         message = f"{message}; {problem['input']} is not supported yet"
-    shown = "" if isinstance(problem["input"], dict | BaseModel) else f" (it says {problem['input']!r})"
-    return f"{place}: `{dotted}`: {message}{shown}" if dotted else f"{place}: {message}"
+    elif problem["type"] == "literal_error":
+        message = _nearest_value(message, problem["input"])
+    shown = "" if isinstance(problem["input"], dict | BaseModel) else f" (it says {repr(problem['input'])[:80]})"
+    return f"{place}: `{dotted}`" if dotted else place, f"{message}{shown}"
+
+
+def _is_branch(part: str | int) -> bool:
+    """Whether a part of pydantic's location is no key but one of the types that a key may have."""
+    return isinstance(part, str) and (part in ("str", "[key]") or part.startswith(("function-", "tuple[", "dict[")))
+
+
+def _nearest_value(message: str, given: Any) -> str:
+    known = re.findall(r"'([^']+)'", message)
+    near = difflib.get_close_matches(str(given), known, n=1)
+    if not near:
+        return message
+    return f"did you mean {near[0]!r}?" if len(known) > 8 else f"{message}; did you mean {near[0]!r}?"
 
 
 def _unknown_key(path: list[Any]) -> str:
@@ -514,10 +731,20 @@ def _unknown_key(path: list[Any]) -> str:
         return f"`{key}`{inside} is called `{RENAMED[key]}` here"
     if section is Train and key in REFUSED:
         return f"`{key}`{inside} cannot be set: {REFUSED[key]}"
-    known = [field.alias or name for name, field in section.model_fields.items()] if section else []
+    known = _keys(section) if section else []
     near = difflib.get_close_matches(str(key), known, n=1, cutoff=0.55)
-    hint = f"did you mean `{near[0]}`?" if near else f"known keys: {', '.join(known)}"
+    home = [name for name in Recipe.model_fields if (other := _section([name])) and key in _keys(other)]
+    if near:
+        hint = f"did you mean `{near[0]}`?"
+    elif home:
+        hint = f"it belongs in {' or '.join(f'`{name}`' for name in home)}"
+    else:
+        hint = f"known keys: {', '.join(known)}"
     return f"unknown key `{key}`{inside}; {hint}"
+
+
+def _keys(section: type[Section]) -> list[str]:
+    return [field.alias or name for name, field in section.model_fields.items()]
 
 
 def _section(path: list[Any]) -> type[Section] | None:

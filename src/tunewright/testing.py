@@ -22,6 +22,18 @@ WORDS = {
     "bad": ("awful", "poor", "broken", "rude", "dull"),
 }
 
+COMPARISON = {
+    "baseline": "base", "metric": "accuracy", "tuned": 1.0, "baseline_value": 0.5, "difference": 0.5,
+    "interval": [0.4, 0.6], "p_value": 0.01, "test": "none", "verdict": "better",
+}  # fmt: skip
+MANIFESTS: dict[str, dict[str, Any]] = {
+    "prepare": {"splits": {}, "labels": None, "findings": []},
+    "train": {"steps": 0, "final_loss": None, "trainable_parameters": 0, "sha256": {}},
+    "evaluate": {"rows": 0, "models": {"tuned": {}}, "comparison": COMPARISON, "comparisons": [], "must_beat": "base"},
+    "package": {"files": {}, "mlflow": None},
+}
+"""What the fake leaves behind for each stage: the keys that others read, and nothing that was computed."""
+
 
 class FakeBackend:
     """A backend that hands back each stage after a number of polls, and can be told to fail or to forget.
@@ -66,7 +78,7 @@ class FakeBackend:
         return Status("done")
 
     def collect(self, job: Job, run: Run) -> None:
-        write_json(run.manifest_file(job.stage), {"stage": job.stage, "by": "fake"})
+        write_json(run.manifest_file(job.stage), MANIFESTS[job.stage])
 
     def cancel(self, job: Job, run: Run) -> None:
         self.jobs.pop((run.id, job.stage), None)

@@ -145,15 +145,16 @@ def attach(run: Run) -> Iterator[Tracker]:
         client.set_terminated(run_id, status)
 
 
-def end(run: Run) -> str | None:
-    """End this run's MLflow run if it is still running (a stage was killed). Gives its id, None if there is none."""
+def end(run: Run) -> bool:
+    """End this run's MLflow run if it is still running (a stage was killed); whether it was."""
     if not run.tracking_file.is_file():
-        return None
+        return False
     run_id: str = read_json(run.tracking_file)["mlflow_run_id"]
     client = _client(_uri(run))
-    if client.get_run(run_id).info.status == "RUNNING":
+    running: bool = client.get_run(run_id).info.status == "RUNNING"
+    if running:
         client.set_terminated(run_id, "KILLED")
-    return run_id
+    return running
 
 
 def unregister(run: Run, name: str, version: str) -> None:

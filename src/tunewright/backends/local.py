@@ -34,6 +34,8 @@ START_S = 300
 
 DIRECT = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 """Loopback is never asked through a proxy."""
+STARTED: dict[int, subprocess.Popen[bytes]] = {}
+"""Children of this process: kept so that an ended one can be reaped, and a running one may outlive its backend."""
 
 
 class Settings(BaseModel):
@@ -148,8 +150,7 @@ class LocalBackend:
         run.made(entry, pid=process.pid, base_url=base_url)
         deadline = time.monotonic() + START_S
         while not _answers(base_url):
-            if not process.is_running() or process.status() == psutil.STATUS_ZOMBIE:
-                process.wait()
+            if _process(run, "deploy") is None:
                 run.gone(entry)
                 raise _failure(run, "deploy")
             if time.monotonic() > deadline:
@@ -181,6 +182,7 @@ class LocalBackend:
                 env=environment,
                 start_new_session=True,
             )
+        STARTED[child.pid] = child
         process = psutil.Process(child.pid)
         job = {"pid": child.pid, "created": process.create_time(), "at": now(), "stage": stage}
         write_json(run.job_file(stage), job)
@@ -205,15 +207,14 @@ def _process(run: Run, stage: str) -> psutil.Process | None:
     if not run.job_file(stage).is_file():
         return None
     job = read_json(run.job_file(stage))
+    if (child := STARTED.get(job["pid"])) is not None and child.poll() is not None:
+        del STARTED[job["pid"]]
     try:
         process = psutil.Process(job["pid"])
-        if abs(process.create_time() - job["created"]) < 0.01 and process.status() != psutil.STATUS_ZOMBIE:
-            return process
-        if process.status() == psutil.STATUS_ZOMBIE and process.ppid() == os.getpid():
-            process.wait()
+        same = abs(process.create_time() - job["created"]) < 0.01
+        return process if same and process.status() != psutil.STATUS_ZOMBIE else None
     except psutil.NoSuchProcess:
         return None
-    return None
 
 
 def _processes_of(run: Run) -> list[tuple[psutil.Process, str]]:
@@ -234,12 +235,25 @@ def _stop(process: psutil.Process | None) -> None:
     try:
         process.send_signal(signal.SIGTERM)
         try:
-            process.wait(CANCEL_S)
+            _wait(process, CANCEL_S)
         except psutil.TimeoutExpired:
             process.kill()
-            process.wait(10)
+            _wait(process, 10)
     except psutil.NoSuchProcess:
         return
+
+
+def _wait(process: psutil.Process, timeout_s: float) -> None:
+    """Until a process has ended; reaps it where it is our child."""
+    child = STARTED.pop(process.pid, None)
+    if child is None:
+        process.wait(timeout_s)
+        return
+    try:
+        child.wait(timeout_s)
+    except subprocess.TimeoutExpired:
+        STARTED[process.pid] = child
+        raise psutil.TimeoutExpired(timeout_s, process.pid) from None
 
 
 def _failure(run: Run, stage: str) -> errors.TunewrightError:

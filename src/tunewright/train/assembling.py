@@ -9,11 +9,12 @@ Shapes: B rows, T tokens in the longest, K targets in the batch.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, Sampler
+from transformers.trainer_pt_utils import get_length_grouped_indices
 
 from tunewright.chat import Example, Rendering
 from tunewright.data import prepare
@@ -42,6 +43,29 @@ def render_all(tokenizer: Any, examples: Sequence[Example], max_length: int) -> 
         else:
             renderings += prepare.pieces(whole, max_length)
     return renderings
+
+
+class LengthGrouped(Sampler[int]):
+    """Row numbers with rows of like length side by side, in an order that the seed and the epoch alone decide.
+
+    Transformers' own sampler draws from the global generator, so a resumed run would see its epoch in another order.
+    """
+
+    def __init__(self, rows: Rows, batch_size: int, seed: int) -> None:
+        self.lengths = [len(rendering.ids) for rendering in rows.renderings]
+        self.batch_size = batch_size
+        self.seed = seed
+        self.epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def __iter__(self) -> Iterator[int]:
+        generator = torch.Generator().manual_seed(self.seed + self.epoch)
+        return iter(get_length_grouped_indices(self.lengths, self.batch_size, generator=generator))
 
 
 class Collator:

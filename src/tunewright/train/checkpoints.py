@@ -9,7 +9,9 @@ from __future__ import annotations
 import os
 import shutil
 from pathlib import Path
+from typing import Any
 
+from tunewright.errors import RunError
 from tunewright.run import read_json, write_json
 
 SEAL = "complete.json"
@@ -17,8 +19,8 @@ WEIGHTS = ("adapter_model.safetensors", "adapter_config.json", "model.safetensor
 """Of a checkpoint's files, those that are the model (not the optimizer's state)."""
 
 
-def seal(checkpoint: Path) -> None:
-    """Mark a checkpoint as whole: every file is on disk and has the size that is written down."""
+def seal(checkpoint: Path, **facts: Any) -> None:
+    """Mark a checkpoint as whole: every file is on disk and has the size that is written down beside `facts`."""
     sizes = {}
     for path in sorted(checkpoint.iterdir()):
         if path.is_file() and path.name != SEAL:
@@ -26,14 +28,21 @@ def seal(checkpoint: Path) -> None:
             os.fsync(handle)
             os.close(handle)
             sizes[path.name] = path.stat().st_size
-    write_json(checkpoint / SEAL, {"step": step(checkpoint), "files": sizes})
+    write_json(checkpoint / SEAL, {"step": step(checkpoint), "files": sizes, **facts})
+
+
+def facts(checkpoint: Path) -> dict[str, Any]:
+    """What was written down when the checkpoint was sealed."""
+    sealed: dict[str, Any] = read_json(checkpoint / SEAL)
+    return sealed
 
 
 def is_whole(checkpoint: Path) -> bool:
     """Whether a checkpoint was sealed and its files still have their sizes."""
-    if not (checkpoint / SEAL).is_file():
+    try:
+        sizes = facts(checkpoint)["files"]
+    except RunError:  # no seal, or a damaged one
         return False
-    sizes = read_json(checkpoint / SEAL)["files"]
     return all(
         (checkpoint / name).is_file() and (checkpoint / name).stat().st_size == size for name, size in sizes.items()
     )

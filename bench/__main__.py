@@ -1,0 +1,25 @@
+"""`make bench`: all benchmarks, or those named (`python -m bench training`). Prints Markdown tables."""
+
+from __future__ import annotations
+
+import platform
+import sys
+
+import torch
+
+from bench import scoring, training
+
+BENCHMARKS = {"training": training.main, "scoring": scoring.main}
+
+
+def main(names: list[str]) -> None:
+    unknown = set(names) - set(BENCHMARKS)
+    if unknown:
+        sys.exit(f"no benchmark {', '.join(sorted(unknown))}; there are {', '.join(BENCHMARKS)}")
+    print(f"{platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}\n")
+    for name in names or BENCHMARKS:
+        BENCHMARKS[name]()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,96 @@
+"""What all tests share: a small model, the shared folder, an environment of their own, and no network but loopback.
+
+What is not covered: child processes. They inherit the environment, which says that the hub is offline; those that are
+to speak to a hub get `Hub.environment`.
+"""
+
+from __future__ import annotations
+
+import atexit
+import ipaddress
+import os
+import shutil
+import socket
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import settings
+
+OURS = ("HF_", "HUGGINGFACE_", "HUGGING_FACE_", "TRANSFORMERS_", "MLFLOW_", "OPENAI_", "AZURE_", "DATABRICKS_")
+PROXIES = ("http_proxy", "https_proxy", "all_proxy", "no_proxy")
+
+
+def _settle_environment() -> None:
+    """Whatever the developer has set, tests see the same. Libraries read this when they are imported, so it is first."""
+    for name in list(os.environ):
+        if name.startswith(OURS) or name.lower() in PROXIES:
+            del os.environ[name]
+    home = tempfile.mkdtemp(prefix="tunewright-tests-")
+    atexit.register(shutil.rmtree, home, ignore_errors=True)
+    os.environ |= {
+        "HF_HOME": home,
+        "HF_HUB_OFFLINE": "1",
+        "HF_HUB_DISABLE_TELEMETRY": "1",
+        "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+    }
+
+
+_settle_environment()
+
+settings.register_profile("tunewright", deadline=None)
+settings.load_profile("tunewright")
+
+
+def _is_here(address: Any) -> bool:
+    """Whether a socket address stays on this machine."""
+    if not isinstance(address, tuple):
+        return True  # a Unix socket's path
+    host = str(address[0])
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host in ("", "localhost")
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _no_network() -> Iterator[None]:
+    """A connection that would leave this machine is an error that names where it was going."""
+    connect, connect_ex = socket.socket.connect, socket.socket.connect_ex
+
+    def guarded(self: socket.socket, address: Any) -> None:
+        if not _is_here(address):
+            raise AssertionError(f"a test tried to reach {address}; tests stay on loopback")
+        connect(self, address)
+
+    def guarded_ex(self: socket.socket, address: Any) -> int:
+        if not _is_here(address):
+            raise AssertionError(f"a test tried to reach {address}; tests stay on loopback")
+        return connect_ex(self, address)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(socket.socket, "connect", guarded)
+        patch.setattr(socket.socket, "connect_ex", guarded_ex)
+        yield
+
+
+@pytest.fixture(scope="session")
+def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random model of a few thousand weights with its tokenizer. Not to be changed."""
+    from tunewright.testing import tiny_model
+
+    return tiny_model(tmp_path_factory.mktemp("model") / "tiny")
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """The folder of shared data and models, which only developers have: `TUNEWRIGHT_SHARED`, or `../shared`."""
+    from hub import shared_folder
+
+    folder = shared_folder()
+    if folder is None:
+        pytest.skip("no shared folder beside the checkout, and TUNEWRIGHT_SHARED names none")
+    return folder
