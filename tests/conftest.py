@@ -24,7 +24,7 @@ PROXIES = ("http_proxy", "https_proxy", "all_proxy", "no_proxy")
 
 
 def _settle_environment() -> None:
-    """Whatever the developer has set, tests see the same. Libraries read this when they are imported, so it is first."""
+    """Tests see the same whatever the developer has set. Libraries read this at import, so it comes first."""
     for name in list(os.environ):
         if name.startswith(OURS) or name.lower() in PROXIES:
             del os.environ[name]

@@ -223,6 +223,7 @@ def test_ctrl_c_in_training_stops_with_a_checkpoint_and_the_same_command_goes_on
 def test_the_same_recipe_on_changed_data_is_a_new_run(recipe_file: Path, tmp_path: Path) -> None:
     recipe = recipes.load(recipe_file)
     first = life.start(recipe, tmp_path / "runs")
+    life.advance(first, until="check")
     assert life.start(recipe, tmp_path / "runs") == first
     with Path(recipe.data.train[0]).open("a") as file:
         file.write('{"text": "lovely", "label": "good"}\n')

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from tunewright import recipe as recipes
 from tunewright.errors import RecipeError
-from tunewright.recipe import RENAMED, REFUSED, Recipe, Section, Train, dump, json_schema, load, loads
+from tunewright.recipe import REFUSED, RENAMED, Recipe, Section, Train, dump, json_schema, load, loads
 
 DESIGN = """
 name: imdb-sentiment
@@ -40,6 +40,7 @@ deploy: {name: imdb, tokens_per_minute: 5000, content_filter: default}
 backend: {kind: local}               # the rest of this table belongs to the backend, which validates it
 """
 
+SHIPPED = sorted((Path(__file__).parents[1] / "recipes").glob("*.yaml"))
 HEAD = "name: one\nmodel: starter\ntask: classification\n"
 SHORT = HEAD + "data: {train: a.csv}\n"
 CHAT = "name: one\nmodel: starter\ntask: chat\ndata: {train: a.csv}\n"
@@ -65,7 +66,9 @@ def test_the_design_s_recipe_is_read_as_it_says() -> None:
     assert recipe.backend.kind == "local"
 
 
-@pytest.mark.parametrize("path", sorted((Path(__file__).parents[1] / "recipes").glob("*.yaml")), ids=lambda path: path.stem)
+@pytest.mark.parametrize(
+    "path", sorted((Path(__file__).parents[1] / "recipes").glob("*.yaml")), ids=lambda path: path.stem
+)
 def test_every_recipe_that_ships_can_be_read(path: Path) -> None:
     assert load(path).name
 
@@ -96,14 +99,21 @@ def test_one_source_is_a_list_of_one() -> None:
 
 def test_a_recipe_cannot_be_changed() -> None:
     recipe = loads(DESIGN)
-    for part, key in ((recipe, "name"), (recipe.train, "epochs"), (recipe.data.limit, "seed"), (recipe.backend, "kind")):
+    for part, key in (
+        (recipe, "name"),
+        (recipe.train, "epochs"),
+        (recipe.data.limit, "seed"),
+        (recipe.backend, "kind"),
+    ):
         with pytest.raises(pydantic.ValidationError, match="frozen"):
             setattr(part, key, 1)
 
 
 def test_reading_does_no_more_than_reading() -> None:
     """The data and the model are not looked for."""
-    assert loads(HEAD.replace("starter", "/no/such/model") + "data: {train: /no/such/file.csv}").model == "/no/such/model"
+    assert (
+        loads(HEAD.replace("starter", "/no/such/model") + "data: {train: /no/such/file.csv}").model == "/no/such/model"
+    )
 
 
 def test_the_fingerprint_is_that_of_what_is_asked_for() -> None:
@@ -130,10 +140,10 @@ def test_the_fingerprint_is_that_of_what_is_asked_for() -> None:
         ("train: {learning_rate: .nan}", "recipe.yaml:5: `train.learning_rate`: Input should be"),
         ("train: {optim: adamw_torhc}", "recipe.yaml:5: `train.optim`: did you mean 'adamw_torch'?"),
         ("train: {lr_scheduler_type: cosin}", "recipe.yaml:5: `train.lr_scheduler_type`: did you mean 'cosine'?"),
-        ("train: {lora: {target_modules: 3}}", "recipe.yaml:5: `train.lora.target_modules`: Input should be a valid string"),
+        ("train: {lora: {target_modules: 3}}", "recipe.yaml:5: `train.lora.target_modules`: Input should be a"),
         ("train: {lora: {target_modules: 3}}", ", or Input should be a list (it says 3)"),
-        ("evaluate:\n  baselines: tfidf", "recipe.yaml:6: `evaluate.baselines`: Input should be a list (it says 'tfidf')"),
-        ("evaluate:\n  baselines:\n    - zero-shot\n    - tdidf", "recipe.yaml:8: `evaluate.baselines.3`: Input should"),
+        ("evaluate:\n  baselines: tfidf", "recipe.yaml:6: `evaluate.baselines`: Input should be a list (it"),
+        ("evaluate:\n  baselines:\n  - zero-shot\n  - tdidf", "recipe.yaml:8: `evaluate.baselines.1`: Input should"),
         ("backend: local", "recipe.yaml:5: `backend`: Input should be a valid dictionary"),
         ("train: {epochs: 1}\ntrain: {epochs: 2}", "recipe.yaml:6: `train` is given a second time"),
         ("train:\n  epochs: 1\n  epochs: 2", "recipe.yaml:7: `epochs` is given a second time"),
@@ -143,7 +153,7 @@ def test_the_fingerprint_is_that_of_what_is_asked_for() -> None:
 )  # fmt: skip
 def test_what_no_recipe_says_is_named_with_its_line(text: str, said: str) -> None:
     message = refusal(SHORT + text)
-    assert said.replace(".3`", ".1`") in message
+    assert said in message
     assert "\n" not in message
 
 
@@ -219,7 +229,9 @@ def test_the_best_checkpoint_needs_one_for_each_measurement() -> None:
 
 
 def test_every_mistake_is_named_at_once() -> None:
-    message = refusal("model: starter\ntask: chat\ndata: {train: a.csv, limit: {train: 0}}\ntrain: {epochs: -1}\nx: 1\n")
+    message = refusal(
+        "model: starter\ntask: chat\ndata: {train: a.csv, limit: {train: 0}}\ntrain: {epochs: -1}\nx: 1\n"
+    )
     assert message.splitlines() == [
         "recipe.yaml: `name` is missing",
         "recipe.yaml:3: `data.limit.train`: Input should be greater than or equal to 1 (it says 0)",
@@ -234,7 +246,9 @@ def test_a_file_that_is_no_table_is_no_recipe(text: str) -> None:
     assert refusal(text) == "recipe.yaml: a recipe is a table of keys such as name, model, task and data"
 
 
-@pytest.mark.parametrize("text", ["name: 2026-13-45", "a: {b", "a: \x00", "[" * 5000, "a: *b", "--- 1\n--- 2", "? [a]\n: b\n"])
+@pytest.mark.parametrize(
+    "text", ["name: 2026-13-45", "a: {b", "a: \x00", "[" * 5000, "a: *b", "--- 1\n--- 2", "? [a]\n: b\n"]
+)
 def test_what_is_no_yaml_is_refused_in_one_line(text: str) -> None:
     message = refusal(text)
     assert message.startswith("recipe.yaml")
@@ -327,7 +341,8 @@ TABLES = st.fixed_dictionaries(
                 "test": WORDS,
                 "text": WORDS,
                 "label": WORDS,
-                "labels": st.lists(WORDS, min_size=2, max_size=3) | st.dictionaries(st.integers(-3, 9), WORDS, min_size=1),
+                "labels": st.lists(WORDS, min_size=2, max_size=3)
+                | st.dictionaries(st.integers(-3, 9), WORDS, min_size=1),
                 "system": WORDS,
                 "limit": st.fixed_dictionaries({}, optional={"train": st.integers(1), "seed": st.integers()}),
             },
@@ -424,7 +439,7 @@ def fits_the_schema(table: Any) -> bool:
 
 def test_the_schema_takes_the_recipes_that_can_be_read() -> None:
     assert fits_the_schema(yaml.safe_load(DESIGN))
-    for path in (Path(__file__).parents[1] / "recipes").glob("*.yaml"):
+    for path in SHIPPED:
         assert fits_the_schema(yaml.safe_load(path.read_text())), path
 
 
@@ -439,7 +454,14 @@ def test_the_schema_takes_what_can_be_read(table: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize(
     "text",
-    ["x: 1", "train: {epoch: 3}", "train: {lora: {rank: 3}}", "train: {epochs: 0}", "train: {optim: adam}", "deploy: {port: 0}"],
+    [
+        "x: 1",
+        "train: {epoch: 3}",
+        "train: {lora: {rank: 3}}",
+        "train: {epochs: 0}",
+        "train: {optim: adam}",
+        "deploy: {port: 0}",
+    ],
 )
 def test_the_schema_refuses_what_cannot_be_read(text: str) -> None:
     table = yaml.safe_load(SHORT + text)
@@ -486,13 +508,12 @@ def test_no_training_argument_is_forgotten() -> None:
 
 def test_a_key_is_either_taken_or_renamed_or_refused() -> None:
     taken, renamed, refused = set(Train.model_fields), set(RENAMED), set(REFUSED)
-    assert not (taken & renamed or taken & refused or renamed & refused)
+    assert not taken & (renamed | refused)
+    assert not renamed & refused
     assert all(REFUSED.values())
     for name in renamed | refused:
-        value = 1
-        assert f"`{name}` in `train` {'is called' if name in renamed else 'cannot be set'}" in refusal(
-            SHORT + f"train: {{{name}: {value}}}"
-        )
+        said = "is called" if name in renamed else "cannot be set"
+        assert f"`{name}` in `train` {said}" in refusal(SHORT + f"train: {{{name}: 1}}")
 
 
 def test_what_a_renamed_key_is_called_is_a_key() -> None:
@@ -529,7 +550,8 @@ def test_transformers_takes_the_defaults_without_a_warning(tmp_path: Path) -> No
     from transformers import TrainingArguments
 
     train = loads(SHORT).train
-    given = {name: getattr(train, name) for name in Train.model_fields if name in ARGUMENTS and name != "learning_rate"}
+    settled = {"learning_rate", "gradient_checkpointing", "gradient_checkpointing_kwargs"}  # by `train.supervised`
+    given = {name: getattr(train, name) for name in set(Train.model_fields) & set(ARGUMENTS) - settled}
     made = TrainingArguments(output_dir=str(tmp_path), report_to="none", **(given | {"use_cpu": True}))
     assert made.logging_steps == 1
 

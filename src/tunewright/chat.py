@@ -13,6 +13,8 @@ What is not covered: images, audio, tools.
 
 from __future__ import annotations
 
+import datetime
+import functools
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -35,6 +37,10 @@ DEFAULT_TEMPLATE = (
 
 END_OF_TURN = "<|end_of_turn|>"
 """Added to tokenizers that have no end-of-sequence token at all."""
+
+TODAY = datetime.datetime(2024, 7, 26)
+"""What templates that write the date are told, so that tomorrow's prompts are those of training. Llama 3's own choice
+where no clock is given."""
 
 
 @dataclass(frozen=True)
@@ -110,7 +116,7 @@ class Equipment:
     stop_ids: list[int]
     pad_id: int
     added_tokens: list[str] = field(default_factory=list)
-    """Tokens that the base has no embedding for; the model grows by them and trains them."""
+    """Tokens of ours, which the base had no embedding for; the model grows by them and trains them."""
 
     def to_dict(self) -> dict[str, Any]:
         return dict(self.__dict__)
@@ -124,29 +130,31 @@ def equip(tokenizer: Any) -> Equipment:
     Raises:
         ModelError: the tokenizer's own template does not put an assistant's answer into the text.
     """
-    added = []
     if tokenizer.eos_token is None:
-        if END_OF_TURN not in tokenizer.get_vocab():
-            added.append(END_OF_TURN)
         tokenizer.add_special_tokens({"eos_token": END_OF_TURN})
-    own = tokenizer.chat_template is not None and "{{- BOS -}}" not in tokenizer.chat_template
-    kind: Literal["own", "default"] = "own"
     if tokenizer.chat_template is None:
         begins_with_bos = tokenizer.bos_token_id is not None and tokenizer("a").input_ids[:1] == [
             tokenizer.bos_token_id
         ]
-        bos = "{{- bos_token -}}" if begins_with_bos else ""
-        tokenizer.chat_template = DEFAULT_TEMPLATE.replace("{{- BOS -}}", bos)
-        own = False
-    if not own or tokenizer.chat_template in _defaults():
-        kind = "default"
+        tokenizer.chat_template = DEFAULT_TEMPLATE.replace(
+            "{{- BOS -}}", "{{- bos_token -}}" if begins_with_bos else ""
+        )
+    try:
+        tokenizer.chat_template = tokenizer.get_chat_template()  # of several, the one called default
+    except ValueError as error:
+        raise ModelError(f"the tokenizer's chat template: {error}") from None
     if tokenizer.pad_token is None:
         # Batches are masked by length, never by comparing ids with the pad token, so sharing is harmless here.
         tokenizer.pad_token = tokenizer.eos_token
-    end = _end_of_turn(tokenizer)
-    end_id = tokenizer.convert_tokens_to_ids(end)
-    stops = sorted({end_id, tokenizer.eos_token_id})
-    return Equipment(kind, end, end_id, stops, tokenizer.pad_token_id, added)
+    end, end_id = _end_of_turn(tokenizer)
+    return Equipment(
+        template="default" if tokenizer.chat_template in _defaults() else "own",
+        end_of_turn=end,
+        end_of_turn_id=end_id,
+        stop_ids=sorted({end_id, tokenizer.eos_token_id}),
+        pad_id=tokenizer.pad_token_id,
+        added_tokens=[END_OF_TURN] if tokenizer.eos_token == END_OF_TURN else [],
+    )
 
 
 def check_messages(messages: Sequence[Message], where: str) -> None:
@@ -165,6 +173,8 @@ def check_messages(messages: Sequence[Message], where: str) -> None:
             f"{where}: the last message is from {messages[-1].role!r}; training needs one from 'assistant' to learn "
             "from"
         )
+    if len(messages) == 1:
+        raise DataError(f"{where}: there is nothing before the assistant's message; training needs a user's to answer")
 
 
 def render(tokenizer: Any, messages: Sequence[Message]) -> Rendering:
@@ -214,33 +224,34 @@ def segments(
 ) -> list[tuple[str, bool]]:
     """The conversation's text in pieces; True marks what an assistant says to be learnt, up to its end of turn."""
     whole = _text(tokenizer, messages, add_generation_prompt)
-    turns = [number for number, message in enumerate(messages) if message.role == "assistant"]
+    last = len(messages) - 1
     pieces: list[tuple[str, bool]] = []
     position = 0
-    for number in turns:
-        before = _text(tokenizer, messages[:number], True) if number else ""
-        after = _text(tokenizer, messages[: number + 1], False)
+    for number, message in enumerate(messages):
+        if message.role != "assistant":
+            continue
+        is_end = number == last and not add_generation_prompt
+        before = _text(tokenizer, messages[:number], True) if number else _greeting(tokenizer)
+        after = whole if is_end else _text(tokenizer, messages[: number + 1], False)
         if not (after.startswith(before) and whole.startswith(after) and len(before) >= position):
-            if number != turns[-1]:
+            if not is_end:
                 continue  # rewritten later: no loss on this turn
             raise DataError(
                 "the chat template does not render an assistant turn as a continuation of its prompt, so training "
                 "and serving would differ; set another chat template in the tokenizer"
             )
         turn = after[len(before) :]
-        said = messages[number].content.strip()
+        said = message.content.strip()
         if said and said not in turn:
             raise DataError(f"the chat template drops or changes what the assistant says in message {number + 1}")
         end = _turn_end(tokenizer, turn)
-        target = turn[:end] if end else turn.rstrip("\n") + tokenizer.eos_token
+        target = turn[:end] if end else _without_tail(turn, message.content) + tokenizer.eos_token
         if before[position:]:
             pieces.append((before[position:], False))
-        pieces.append((target, bool(messages[number].weight)))
+        pieces.append((target, bool(message.weight)))
         position = len(before) + (end or len(turn))
-    if (add_generation_prompt and whole[position:]) or (turns and turns[-1] != len(messages) - 1 and whole[position:]):
+    if whole[position:] and (add_generation_prompt or messages[last].role != "assistant"):
         pieces.append((whole[position:], False))
-    elif not turns:
-        pieces.append((whole, False))
     return pieces
 
 
@@ -266,25 +277,18 @@ def clip(tokenizer: Any, example: Example, max_length: int) -> Clipped:
     if len(whole.ids) <= max_length:
         return Clipped(example, len(whole.ids), whole)
     messages = list(example.messages)
-    tokens = {
-        number: encode(tokenizer, message.content)
+    starts = {
+        number: _starts(tokenizer, message.content)
         for number, message in enumerate(messages[:-1])
         if message.role != "assistant"
     }
-    rendering, over = whole, len(whole.ids) - max_length
-    while over > 0:
-        if over > sum(map(len, tokens.values())):
+    rendering = whole
+    while (over := len(rendering.ids) - max_length) > 0:
+        if not any(starts.values()):
             return Clipped(None, len(whole.ids), whole)
-        while over > 0:
-            longest = max(tokens, key=lambda number: len(tokens[number]))
-            others = [len(ids) for number, ids in tokens.items() if number != longest]
-            drop = min(over, max(1, len(tokens[longest]) - max(others, default=0)))
-            tokens[longest] = tokens[longest][: len(tokens[longest]) - drop]
-            over -= drop
-            shorter = tokenizer.decode(tokens[longest]).rstrip("\N{REPLACEMENT CHARACTER}")
-            messages[longest] = replace(messages[longest], content=shorter)
+        for number, end in _shorten(starts, over).items():
+            messages[number] = replace(messages[number], content=messages[number].content[:end])
         rendering = render(tokenizer, messages)
-        over = len(rendering.ids) - max_length
     return Clipped(replace(example, messages=tuple(messages)), len(whole.ids), rendering)
 
 
@@ -338,6 +342,12 @@ def differences(tokenizer: Any, rendering: dict[str, Any]) -> list[str]:
                 f"is {here!r} here and was {there!r} in training"
             )
             break
+    here, there = hashlib.sha256(tokenizer.get_chat_template().encode()).hexdigest(), rendering["template_sha256"]
+    if not found and here != there:
+        found.append(
+            f"the chat template is not the one of training (sha256 {here[:12]} here, {there[:12]} there), though the "
+            "golden conversations come out the same"
+        )
     return found
 
 
@@ -346,32 +356,73 @@ def _text(tokenizer: Any, messages: Sequence[Message], add_generation_prompt: bo
 
     plain = [message.to_dict() for message in messages]
     try:
-        text: str = tokenizer.apply_chat_template(plain, tokenize=False, add_generation_prompt=add_generation_prompt)
+        text: str = tokenizer.apply_chat_template(
+            plain, tokenize=False, add_generation_prompt=add_generation_prompt, strftime_now=TODAY.strftime
+        )
     except TemplateError as error:
         roles = ", ".join(message.role for message in messages)
         raise DataError(f"the chat template refuses this conversation ({roles}): {error}") from None
     return text
 
 
+def _greeting(tokenizer: Any) -> str:
+    """What the template writes before an assistant's message that begins a conversation."""
+    one, other = (_text(tokenizer, (Message("assistant", said),), False) for said in "ab")
+    return one[: next((place for place, pair in enumerate(zip(one, other, strict=False)) if len(set(pair)) > 1), None)]
+
+
 def _turn_end(tokenizer: Any, turn: str) -> int | None:
     """Where the end-of-turn token ends in a turn's text; None where the template writes none."""
-    special = [token for token in {*tokenizer.all_special_tokens, *_added_specials(tokenizer)} if token]
-    ends = [turn.rfind(token) + len(token) for token in special if token in turn]
-    best = max(ends, default=None)
+    specials = _specials(tokenizer, len(tokenizer), tokenizer.eos_token)
+    best = max((turn.rfind(token) + len(token) for token in specials if token in turn), default=None)
     return best if best is not None and not turn[best:].strip() else None
 
 
-def _added_specials(tokenizer: Any) -> list[str]:
-    return [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
+def _without_tail(turn: str, said: str) -> str:
+    """A turn's text up to the end of what was said, without the line break that a template puts behind it."""
+    end = turn.rfind(said) + len(said)
+    return turn[:end] if said in turn and not turn[end:].strip() else turn.rstrip("\n")
 
 
-def _end_of_turn(tokenizer: Any) -> str:
-    """The token that ends an assistant's turn under this tokenizer's template."""
-    pieces = segments(tokenizer, (Message("user", "a"), Message("assistant", "b")))
-    target = next((text for text, is_target in pieces if is_target), None)
-    if target is None or "b" not in target:
-        raise ModelError("the tokenizer's chat template drops the assistant's answer; set another one")
-    return target[target.rindex("b") + 1 :].strip() or str(tokenizer.eos_token)
+@functools.lru_cache(maxsize=8)
+def _specials(tokenizer: Any, size: int, eos: str) -> tuple[str, ...]:
+    """The tokenizer's special tokens; `size` and `eos` tell when to look again. Asking takes long, so it is kept."""
+    added = (token.content for token in tokenizer.added_tokens_decoder.values() if token.special)
+    return tuple(token for token in {*tokenizer.all_special_tokens, *added} if token)
+
+
+def _end_of_turn(tokenizer: Any) -> tuple[str, int]:
+    """The token that ends an assistant's turn under this tokenizer's template, and its id."""
+    try:
+        *_, (target, _is_target) = segments(tokenizer, (Message("user", "a"), Message("assistant", "b")))
+    except DataError as error:
+        raise ModelError(f"this model cannot be tuned: {error}") from None
+    end_id = encode(tokenizer, target)[-1]
+    end = str(tokenizer.convert_ids_to_tokens(end_id))
+    if end not in _specials(tokenizer, len(tokenizer), tokenizer.eos_token):
+        raise ModelError(f"the tokenizer reads the end of an assistant's turn, {target!r}, as text; it needs a token")
+    return end, end_id
+
+
+def _starts(tokenizer: Any, text: str) -> list[int]:
+    """Where in the text each token starts; each character, where the tokenizer does not say."""
+    if not tokenizer.is_fast:
+        return list(range(len(text)))
+    spans = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False).offset_mapping
+    return [start for start, _ in spans]
+
+
+def _shorten(starts: dict[int, list[int]], over: int) -> dict[int, int]:
+    """Take `over` tokens, or all there are, from the ends of the longest; where each of these now ends."""
+    ends = {}
+    while over > 0 and any(starts.values()):
+        longest = max(starts, key=lambda number: len(starts[number]))
+        others = max((len(each) for number, each in starts.items() if number != longest), default=0)
+        drop = min(over, max(1, len(starts[longest]) - others))
+        ends[longest] = starts[longest][-drop]
+        del starts[longest][-drop:]
+        over -= drop
+    return ends
 
 
 def _defaults() -> set[str]:

@@ -61,12 +61,13 @@ def main() -> None:
         _say(f"error: {error.format_message()} See `tunewright --help`, or the --help of the command.")
         code = errors.BAD_INPUT
     except (KeyboardInterrupt, typer.Abort):
-        print("\nstopped; the same command again goes on from here", file=sys.stderr)
         code = errors.INTERRUPTED
     except BrokenPipeError:
         code = 0
     except Exception as error:  # noqa: BLE001 - the edge of the program: nothing is hidden, it is said in one line
         code = _explain(error)
+    if code == errors.INTERRUPTED:  # Typer turns Ctrl-C into this code itself
+        _say("\nstopped; the same command again goes on from here")
     sys.exit(code if isinstance(code, int) else 0)
 
 

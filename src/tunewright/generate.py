@@ -24,6 +24,8 @@ Progress = Callable[[int, int], None]
 
 LOGITS = 2**26
 """Numbers in one batch's logits at most (256 MB in float32), so that a large vocabulary does not fill the memory."""
+SAME_SCORE = 1e-3
+"""Log-probabilities nearer than this are the same but for rounding."""
 
 
 class Completer(Protocol):
@@ -86,12 +88,18 @@ class LabelTree:
         """The nodes that have children, each behind its parent."""
         return sorted({parent for parent in self.parents if parent >= 0})
 
-    def path_to(self, node: int) -> list[int]:
-        """A node and its ancestors, the first token's first."""
-        path = [node]
-        while self.parents[path[0]] >= 0:
-            path.insert(0, self.parents[path[0]])
-        return path
+    @functools.cached_property
+    def branches(self) -> list[list[int]]:
+        """From the first token to each node that has no children; together they hold all nodes."""
+        inner = set(self.inner)
+        found = []
+        for node in range(len(self.tokens)):
+            if node not in inner:
+                branch = [node]
+                while self.parents[branch[0]] >= 0:
+                    branch.insert(0, self.parents[branch[0]])
+                found.append(branch)
+        return found
 
 
 class LocalCompleter:
@@ -112,6 +120,7 @@ class LocalCompleter:
         self.batch_tokens = batch_tokens
         self.batch_rows = batch_rows
         self.context: int | None = getattr(model.config, "max_position_embeddings", None)
+        self._keeps_to_mask: bool | None = None
 
     # --- labels ---
 
@@ -128,26 +137,41 @@ class LocalCompleter:
         """
         self._refuse_beyond_context(prompts, 1 + max(tree.depths))
         scores: list[list[float]] = [[] for _ in prompts]
+        together, apart = self._ways(prompts, tree)
         done = 0
-        sight = _sight(self.model) - max(tree.depths)
-        inside = [row for row, prompt in enumerate(prompts) if len(prompt) <= sight]
+
+        def settle(row: int, nodes: Any) -> None:
+            nonlocal done
+            scores[row] = [float(sum(nodes[node] for node in path)) for path in tree.paths]
+            done += 1
+
         num_inner = len(tree.inner)
-        lengths = [len(prompts[row]) + num_inner for row in inside]
-        for batch in self._batches(lengths, [1 + num_inner] * len(inside)):
-            rows = [inside[place] for place in batch]
+        lengths = [len(prompts[row]) + num_inner for row in together]
+        for batch in self._batches(lengths, [1 + num_inner] * len(together)):
+            rows = [together[place] for place in batch]
             for row, nodes in zip(rows, self._score_nodes([prompts[row] for row in rows], tree), strict=True):
-                scores[row] = [float(sum(nodes[node] for node in path)) for path in tree.paths]
-            done += len(batch)
+                settle(row, nodes)
             if progress:
                 progress(done, len(prompts))
-        for row, prompt in enumerate(prompts):
-            if len(prompt) > sight:
-                nodes = self._score_apart(prompt, tree)
-                scores[row] = [float(sum(nodes[node] for node in path)) for path in tree.paths]
-                done += 1
-                if progress:
-                    progress(done, len(prompts))
+        for row in apart:
+            settle(row, self._score_apart(prompts[row], tree, tree.branches))
+            if progress:
+                progress(done, len(prompts))
         return scores
+
+    def _ways(self, prompts: Sequence[list[int]], tree: LabelTree) -> tuple[list[int], list[int]]:
+        """The prompts that can be scored with the whole tree at once, and those that need a sequence for each label:
+        where a place does not see all that is before it, or the architecture does not keep to our mask."""
+        sight = _sight(self.model) - max(tree.depths)
+        together = [row for row, prompt in enumerate(prompts) if len(prompt) <= sight]
+        if together and self._keeps_to_mask is None:
+            shortest = min((prompts[row] for row in together), key=len)
+            tried = self._score_apart(shortest, tree, tree.branches[-2:])
+            nodes = self._score_nodes([shortest], tree)[0]
+            self._keeps_to_mask = all(abs(nodes[node] - logprob) < SAME_SCORE for node, logprob in tried.items())
+        if not self._keeps_to_mask:
+            together = []
+        return together, [row for row in range(len(prompts)) if row not in set(together)]
 
     def _score_nodes(self, prompts: Sequence[list[int]], tree: LabelTree) -> Any:
         """Log-probability of each tree node given its prompt and ancestors, B x N, in one forward pass.
@@ -201,12 +225,11 @@ class LocalCompleter:
         rows = torch.tensor([place[parent] for parent in tree.parents])
         return logprobs[:, rows, torch.tensor(tree.tokens)].double().numpy()
 
-    def _score_apart(self, prompt: list[int], tree: LabelTree) -> dict[int, float]:
-        """As `_score_nodes` for one prompt, with each label in an ordinary sequence of its own: for architectures in
-        which a place does not see all that comes before it, or that take no mask of ours."""
-        branches = [tree.path_to(node) for node in range(len(tree.tokens)) if node not in tree.inner]
+    def _score_apart(self, prompt: list[int], tree: LabelTree, branches: Sequence[Sequence[int]]) -> dict[int, float]:
+        """Log-probability of the nodes of some branches, each branch in an ordinary sequence of its own."""
+        before = [False] * len(prompt)
         renderings = [
-            Rendering(prompt + [tree.tokens[node] for node in branch], [False] * len(prompt) + [True] * len(branch))
+            Rendering(prompt + [tree.tokens[node] for node in branch], before + [True] * len(branch))
             for branch in branches
         ]
         nodes: dict[int, float] = {}
@@ -425,18 +448,12 @@ def _choose(logprobs_V: Any, temperature: float, top_p: float, generator: Any) -
 
 
 def _sight(model: Any) -> float:
-    """The longest sequence in which each place attends to all before it, under a mask and position ids of ours.
-
-    0 where the architecture takes no position ids (recurrent states, positions counted from the mask).
-    """
+    """The longest sequence in which each place attends to all before it under a mask and position ids of ours; 0 where
+    an architecture takes no position ids, or measures its window along the sequence."""
     inner = model.get_base_model() if hasattr(model, "get_base_model") else model
     config = inner.config.get_text_config()
-    kinds = set(getattr(config, "layer_types", None) or ())
-    if (
-        "position_ids" not in inspect.signature(inner.forward).parameters
-        or getattr(config, "alibi", False)
-        or kinds - {"full_attention", "sliding_attention", "chunked_attention"}
-    ):
+    takes_places = "position_ids" in inspect.signature(inner.forward).parameters and not getattr(config, "alibi", False)
+    if not takes_places or hasattr(config, "window_size"):
         return 0
-    windows = (getattr(config, name, None) for name in ("sliding_window", "attention_chunk_size", "window_size"))
+    windows = (getattr(config, name, None) for name in ("sliding_window", "attention_chunk_size"))
     return min((window for window in windows if window), default=math.inf)

@@ -106,6 +106,8 @@ def start(recipe: Recipe, runs: Path, *, resume: bool | None = None) -> Run:
         same = (state["recipe"], state["sources"]) == (recipe.fingerprint(), now)
         if same and not run.destroyed and any(run.status(stage) != "done" for stage in STAGES):
             return run
+        if state["recipe"] == recipe.fingerprint() and run.status("check") != "done":
+            return run.begun_on(now)  # nothing came of it yet: the data was mended, and it is the same run
     if resume:
         raise RunError(f"{runs}: no unfinished run of this recipe on this data; leave --resume out to start one")
     return run_folders.create(runs, recipe, sources=now)
@@ -207,7 +209,8 @@ def _check(run: Run, recipe: Recipe, watcher: Watcher) -> None:
     """Stop at the first error; else write down all that was settled (resolved.json)."""
     checked = check(recipe)
     for problem in checked.problems:
-        watcher.problem(problem)
+        if problem is not next(iter(checked.errors), None):  # that one is raised below
+            watcher.problem(problem)
     write_json(run.manifest_file("check"), resolve(recipe, checked, run.path.parent))
 
 

@@ -94,9 +94,7 @@ def _numbers(value: Any) -> Any:
 Source = Annotated[str, Field(min_length=1)]
 Sources = Annotated[
     tuple[Source, ...],
-    BeforeValidator(
-        _one_or_many, json_schema_input_type=Source | Annotated[tuple[Source, ...], Field(min_length=1)]
-    ),
+    BeforeValidator(_one_or_many, json_schema_input_type=Source | Annotated[tuple[Source, ...], Field(min_length=1)]),
     Field(min_length=1),
 ]
 Options = Annotated[dict[str, Any], BeforeValidator(_numbers)]
@@ -684,9 +682,7 @@ def _repeated(node: yaml.Node | None) -> Iterator[tuple[str, int]]:
                 waiting.append(below)
 
 
-def _explain(
-    problem: Mapping[str, Any], node: yaml.Node | None, where: str, overrides: list[str]
-) -> tuple[str, str]:
+def _explain(problem: Mapping[str, Any], node: yaml.Node | None, where: str, overrides: list[str]) -> tuple[str, str]:
     """One of pydantic's findings: the place (file:line and key), and what is wrong there and what to do."""
     path = [part for part in problem["loc"] if not _is_branch(part)]
     message = str(problem["msg"]).removeprefix("Value error, ").replace("a valid tuple", "a list")

@@ -16,7 +16,7 @@ import json
 import os
 import secrets
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -60,7 +60,8 @@ class Run:
         run = cls(Path(path).absolute())
         if not run.state_file.is_file():
             raise RunError(f"{path}: not a run folder (no state.json); `tunewright runs` lists the ones there are")
-        version = run.state().get("format")
+        state = run.state()
+        version = state.get("format") if isinstance(state, dict) else None
         if not isinstance(version, int):
             raise RunError(f"{run.state_file}: no `format`; the file is damaged")
         if version > FORMAT:
@@ -218,6 +219,11 @@ class Run:
         write_json(self.state_file, state)
         self.event(stage, status, **facts)
 
+    def begun_on(self, sources: str) -> Run:
+        """Note another fingerprint of the data, for a run that has not used any yet."""
+        write_json(self.state_file, self.state() | {"sources": sources})
+        return self
+
     def mark_destroyed(self) -> None:
         """What the run made elsewhere is gone; a new `run` of the same recipe does not go on with this one."""
         write_json(self.state_file, self.state() | {"destroyed": now()})
@@ -260,14 +266,15 @@ class Run:
         append_json(
             self.ledger_file,
             {"at": now(), "entry": entry, "is": "intended", "kind": kind, "name": name, "run": self.id, **facts},
+            durable=True,
         )
         return entry
 
     def made(self, entry: str, **facts: Any) -> None:
-        append_json(self.ledger_file, {"at": now(), "entry": entry, "is": "made", **facts})
+        append_json(self.ledger_file, {"at": now(), "entry": entry, "is": "made", **facts}, durable=True)
 
     def gone(self, entry: str, **facts: Any) -> None:
-        append_json(self.ledger_file, {"at": now(), "entry": entry, "is": "gone", **facts})
+        append_json(self.ledger_file, {"at": now(), "entry": entry, "is": "gone", **facts}, durable=True)
 
     def resources(self) -> list[dict[str, Any]]:
         """Everything that was made elsewhere (or was about to be), oldest first, each with its last state in `is`."""
@@ -285,17 +292,8 @@ class Run:
         Raises:
             RunError: another process holds it.
         """
-        handle = os.open(self.path / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
+        handle = _take(self.path / ".lock", self.path)
         try:
-            try:
-                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                holder = os.pread(handle, 32, 0).decode() or "another process"
-                raise RunError(
-                    f"{self.path}: process {holder} is working on this run; wait for it or stop it first"
-                ) from None
-            os.ftruncate(handle, 0)
-            os.pwrite(handle, str(os.getpid()).encode(), 0)
             yield
         finally:
             os.close(handle)
@@ -335,7 +333,7 @@ def create(runs: Path, recipe: Recipe, *, sources: str = "") -> Run:
 
 
 def list_runs(runs: Path) -> list[Run]:
-    """The runs in a folder, oldest first. Folders that a newer version wrote are left out."""
+    """The runs in a folder, oldest first. Those that cannot be opened (damaged, or a newer version's) are left out."""
     found = []
     for path in runs.glob("*/state.json"):
         with contextlib.suppress(RunError):
@@ -356,13 +354,45 @@ def write_text(path: Path, text: str, *, mode: int = 0o644, durable: bool = True
 
     Raises:
         DiskFullError: no space left.
+        RunError: the folder cannot be written.
     """
+    _replace(path, (text,), mode=mode, durable=durable)
+
+
+def write_json(path: Path, value: Any, *, durable: bool = True) -> None:
+    """Replace a JSON file by atomic rename. NaN is written as null, so that every JSON reader takes the file."""
+    write_text(path, _json(value, indent=1) + "\n", durable=durable)
+
+
+def write_json_lines(path: Path, values: Iterable[Any]) -> None:
+    """Replace a file of JSON lines by atomic rename."""
+    _replace(path, (_json(value) + "\n" for value in values), mode=0o644, durable=True)
+
+
+def append_json(path: Path, value: Any, *, durable: bool = False) -> None:
+    """Add one JSON line to a file in a single write. A line that a kill left half-written is cut off first."""
+    rest = memoryview((_json(value) + "\n").encode())
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("ab+", buffering=0) as file:
+            size = file.seek(0, os.SEEK_END)
+            if size and os.pread(file.fileno(), 1, size - 1) != b"\n":
+                file.truncate(path.read_bytes().rfind(b"\n") + 1)
+            while rest:  # the system may take less than all; what it says then is why (no space left)
+                rest = rest[os.write(file.fileno(), rest) :]
+            if durable:
+                os.fsync(file.fileno())
+    except OSError as error:
+        raise _explained(error, path, "cannot write") from error
+
+
+def _replace(path: Path, chunks: Iterable[str], *, mode: int, durable: bool) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
         try:
-            with os.fdopen(handle, "w", encoding="utf-8") as file:
-                file.write(text)
+            with os.fdopen(handle, "w", encoding="utf-8", errors="backslashreplace") as file:
+                file.writelines(chunks)
                 file.flush()
                 if durable:
                     os.fsync(file.fileno())
@@ -371,26 +401,6 @@ def write_text(path: Path, text: str, *, mode: int = 0o644, durable: bool = True
         except BaseException:
             Path(temporary).unlink(missing_ok=True)
             raise
-    except OSError as error:
-        raise _explained(error, path, "cannot write") from error
-
-
-def write_json(path: Path, value: Any, *, durable: bool = True) -> None:
-    """Replace a JSON file by atomic rename. NaN is written as null, so that every JSON reader takes the file."""
-    text = json.dumps(_plain(value), indent=1, ensure_ascii=False, allow_nan=False)
-    write_text(path, text + "\n", durable=durable)
-
-
-def append_json(path: Path, value: Any) -> None:
-    """Add one JSON line to a file in a single write. A line that a kill left half-written is cut off first."""
-    line = json.dumps(_plain(value), ensure_ascii=False, allow_nan=False) + "\n"
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with path.open("ab+", buffering=0) as file:
-            size = file.seek(0, os.SEEK_END)
-            if size and os.pread(file.fileno(), 1, size - 1) != b"\n":
-                file.truncate(path.read_bytes().rfind(b"\n") + 1)
-            file.write(line.encode())
     except OSError as error:
         raise _explained(error, path, "cannot write") from error
 
@@ -413,18 +423,29 @@ def read_json_lines(path: Path) -> list[dict[str, Any]]:
     """The lines of a file that grows. A last line cut short by a kill is left out; it had not been written."""
     if not path.is_file():
         return []
-    lines = path.read_text(encoding="utf-8").split("\n")
-    values = []
+    *lines, _unfinished = path.read_bytes().split(b"\n")
+    values: list[dict[str, Any]] = []
     for number, line in enumerate(lines, start=1):
         if not line:
             continue
         try:
-            values.append(json.loads(line))
+            value = json.loads(line.decode())
         except ValueError:
-            if number >= len(lines):
-                break
-            raise RunError(f"{path}:{number}: damaged line") from None
+            value = None
+        if not isinstance(value, dict):
+            raise RunError(f"{path}:{number}: damaged line")
+        values.append(value)
     return values
+
+
+def _json(value: Any, *, indent: int | None = None) -> str:
+    plain = _plain(value)
+    text = json.dumps(plain, indent=indent, ensure_ascii=False, allow_nan=False)
+    try:
+        text.encode()
+    except UnicodeEncodeError:  # half of a character, as in the name of a file that is not UTF-8
+        return json.dumps(plain, indent=indent, allow_nan=False)
+    return text
 
 
 def _plain(value: Any) -> Any:
@@ -438,6 +459,26 @@ def _plain(value: Any) -> Any:
     if isinstance(value, float) and (value != value or value in (float("inf"), float("-inf"))):
         return None
     return str(value) if isinstance(value, Path) else value
+
+
+def _take(path: Path, run: Path) -> int:
+    """The handle that holds a lock file, with our process's number in the file for others to see."""
+    try:
+        handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+    except OSError as error:
+        raise _explained(error, path, "cannot lock the run") from error
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        os.ftruncate(handle, 0)
+        os.pwrite(handle, str(os.getpid()).encode(), 0)
+    except OSError as error:
+        number = os.pread(handle, 32, 0).decode()
+        os.close(handle)
+        if not isinstance(error, BlockingIOError):
+            raise _explained(error, path, "cannot lock the run") from error
+        holder = f"process {number}" if number else "another process"
+        raise RunError(f"{run}: {holder} is working on this run; wait for it or stop it first") from None
+    return handle
 
 
 def _explained(error: OSError, path: Path, what: str) -> TunewrightError:

@@ -9,20 +9,32 @@ from __future__ import annotations
 import contextlib
 import os
 import time
+import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from tunewright.errors import StageError, UserError
+from tunewright.errors import UserError
 from tunewright.run import Run, read_json, write_json
 
+SQLITE = "sqlite:///"
+ABSENT = "RESOURCE_DOES_NOT_EXIST"
 BATCH = 100
 """Metrics sent in one call."""
+HASTE = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1", "MLFLOW_HTTP_REQUEST_TIMEOUT": "10"}
+"""How soon a server is given up that nothing depends on yet. Later calls have MLflow's own patience (minutes), so that
+training outlives a restart of the server. Where these variables are set, they count."""
 
 
 def settle(recipe_uri: str | None, runs: Path, environment: Mapping[str, str]) -> str:
-    """The tracking URI of a run: the recipe's, else MLFLOW_TRACKING_URI, else SQLite in the runs folder."""
-    return recipe_uri or environment.get("MLFLOW_TRACKING_URI") or f"sqlite:///{runs.absolute() / 'mlflow.db'}"
+    """The tracking URI of a run: the recipe's, else MLFLOW_TRACKING_URI, else SQLite in the runs folder.
+
+    A database file is named from the root, so that a stage that starts in another folder finds the same one.
+    """
+    given = recipe_uri or environment.get("MLFLOW_TRACKING_URI") or f"{SQLITE}{runs.absolute() / 'mlflow.db'}"
+    if not given.startswith(SQLITE):
+        return given
+    return f"{SQLITE}{Path(given.removeprefix(SQLITE)).absolute()}"
 
 
 class Tracker:
@@ -95,18 +107,19 @@ class Tracker:
     ) -> str:
         """Log a model that `mlflow models predict` can answer with, and register it. Gives its `models:/` URI."""
         import mlflow
-        from mlflow.models import infer_signature
 
         entry = self.run.intend("mlflow-model", name)
         mlflow.set_tracking_uri(_uri(self.run))
-        with mlflow.start_run(run_id=self.run_id):
+        mlflow.set_registry_uri(_uri(self.run))
+        with warnings.catch_warnings(), mlflow.start_run(run_id=self.run_id):
+            warnings.simplefilter("ignore")  # MLflow's notes on its own modules, as they are imported here
             info = mlflow.pyfunc.log_model(
                 name="model",
                 python_model=str(code),
                 artifacts={key: str(path) for key, path in artifacts.items()},
                 registered_model_name=name,
                 pip_requirements=requirements,
-                signature=infer_signature(*example),
+                signature=mlflow.models.infer_signature(*example),
             )
         version = str(info.registered_model_version)
         self.run.made(entry, version=version, model_uri=info.model_uri)
@@ -124,25 +137,41 @@ def attach(run: Run) -> Iterator[Tracker]:
     if not run.recipe().tracking.enabled:
         yield Tracker(run)
         return
-    client = _client(resolved["tracking"]["uri"])
-    from mlflow.exceptions import MlflowException
-
-    try:
+    uri = resolved["tracking"]["uri"]
+    with _reaching(uri):
+        client = _client(uri)
         run_id = _mlflow_run(run, client, resolved["tracking"])
-    except (MlflowException, OSError) as error:
-        said = (str(error).splitlines() or [""])[0]
-        raise UserError(
-            f"MLflow at {resolved['tracking']['uri']} cannot be used: {said}; set tracking.uri, MLFLOW_TRACKING_URI, "
-            "or tracking.enabled: false"
-        ) from error
     tracker = Tracker(run, client, run_id)
-    status = "FAILED"
     try:
         yield tracker
-        status = "FINISHED"
+    except BaseException as error:
+        stopped = isinstance(error, InterruptedError | KeyboardInterrupt)
+        with contextlib.suppress(UserError), _reaching(uri):  # the stage's own error is the one to report
+            tracker.flush()
+            client.set_terminated(run_id, "KILLED" if stopped else "FAILED")
+        raise
+    tracker.flush()
+    client.set_terminated(run_id, "FINISHED")
+
+
+@contextlib.contextmanager
+def _reaching(uri: str) -> Iterator[None]:
+    """Calls that find out soon, and say plainly, that there is no MLflow at an address."""
+    from mlflow.exceptions import MlflowException
+    from sqlalchemy.exc import SQLAlchemyError
+
+    hurried = {name: value for name, value in HASTE.items() if name not in os.environ}
+    os.environ.update(hurried)
+    try:
+        yield
+    except (MlflowException, SQLAlchemyError, OSError, ImportError) as error:
+        said = (str(error).splitlines() or [""])[0]
+        raise UserError(
+            f"MLflow at {uri} cannot be used: {said}; set tracking.uri, MLFLOW_TRACKING_URI, or tracking.enabled: false"
+        ) from error
     finally:
-        tracker.flush()
-        client.set_terminated(run_id, status)
+        for name in hurried:
+            os.environ.pop(name, None)
 
 
 def end(run: Run) -> bool:
@@ -150,10 +179,11 @@ def end(run: Run) -> bool:
     if not run.tracking_file.is_file():
         return False
     run_id: str = read_json(run.tracking_file)["mlflow_run_id"]
-    client = _client(_uri(run))
-    running: bool = client.get_run(run_id).info.status == "RUNNING"
-    if running:
-        client.set_terminated(run_id, "KILLED")
+    with _reaching(_uri(run)):
+        client = _client(_uri(run))
+        running = _is_there(client, run_id) and client.get_run(run_id).info.status == "RUNNING"
+        if running:
+            client.set_terminated(run_id, "KILLED")
     return running
 
 
@@ -161,14 +191,15 @@ def unregister(run: Run, name: str, version: str) -> None:
     """Remove a model version from the registry, and the registered model with its last version. Absent is fine."""
     from mlflow.exceptions import MlflowException
 
-    client = _client(_uri(run))
-    try:
-        client.delete_model_version(name, version)
-        if not client.search_model_versions(f"name='{name}'"):
-            client.delete_registered_model(name)
-    except MlflowException as error:
-        if error.error_code != "RESOURCE_DOES_NOT_EXIST":
-            raise StageError(f"MLflow did not remove {name} version {version}: {error.message}") from error
+    with _reaching(_uri(run)):
+        client = _client(_uri(run))
+        try:
+            client.delete_model_version(name, version)
+            if not client.search_model_versions(f"name='{name}'"):
+                client.delete_registered_model(name)
+        except MlflowException as error:
+            if error.error_code != ABSENT:
+                raise
 
 
 def versions_of(run: Run, name: str) -> list[str]:
@@ -176,25 +207,19 @@ def versions_of(run: Run, name: str) -> list[str]:
     if not run.tracking_file.is_file():
         return []
     run_id = read_json(run.tracking_file)["mlflow_run_id"]
-    found = _client(_uri(run)).search_model_versions(f"name='{name}'")
+    with _reaching(_uri(run)):
+        found = _client(_uri(run)).search_model_versions(f"name='{name}'")
     return [str(version.version) for version in found if version.run_id == run_id]
 
 
 def _mlflow_run(run: Run, client: Any, settings: dict[str, Any]) -> str:
-    """The id of this run's MLflow run, set running; made on first use."""
+    """The id of this run's MLflow run, set running; made on first use, and again where somebody has deleted it."""
     if run.tracking_file.is_file():
         known: str = read_json(run.tracking_file)["mlflow_run_id"]
-        client.update_run(known, status="RUNNING")
-        return known
-    experiment = client.get_experiment_by_name(settings["experiment"])
-    if experiment is None:
-        local = settings["uri"].startswith("sqlite:///")
-        place = Path(settings["uri"].removeprefix("sqlite:///")).parent / "mlartifacts" if local else None
-        experiment_id = client.create_experiment(
-            settings["experiment"], artifact_location=str(place) if place else None
-        )
-    else:
-        experiment_id = experiment.experiment_id
+        if _is_there(client, known):
+            client.update_run(known, status="RUNNING")
+            return known
+    experiment_id = _experiment(client, settings)
     tag = {"tunewright.run": run.id}
     made = client.search_runs([experiment_id], f"tags.`tunewright.run` = '{run.id}'", max_results=1)
     entry = run.intend("mlflow-run", run.id, uri=settings["uri"])
@@ -206,6 +231,38 @@ def _mlflow_run(run: Run, client: Any, settings: dict[str, Any]) -> str:
     return run_id
 
 
+def _experiment(client: Any, settings: dict[str, Any]) -> str:
+    """The id of the experiment, made where it is not there; beside a database file its artifacts lie beside it too."""
+    from mlflow.exceptions import MlflowException
+
+    name = settings["experiment"]
+    experiment = client.get_experiment_by_name(name)
+    if experiment is None:
+        local = settings["uri"].startswith(SQLITE)
+        place = Path(settings["uri"].removeprefix(SQLITE)).parent / "mlartifacts" if local else None
+        try:
+            made: str = client.create_experiment(name, artifact_location=str(place) if place else None)
+            return made
+        except MlflowException as error:
+            if error.error_code != "RESOURCE_ALREADY_EXISTS":
+                raise
+        experiment = client.get_experiment_by_name(name)  # another run made it in between
+    found: str = experiment.experiment_id
+    return found
+
+
+def _is_there(client: Any, run_id: str) -> bool:
+    from mlflow.exceptions import MlflowException
+
+    try:
+        there: bool = client.get_run(run_id).info.lifecycle_stage == "active"
+    except MlflowException as error:
+        if error.error_code != ABSENT:
+            raise
+        return False
+    return there
+
+
 def _uri(run: Run) -> str:
     uri: str = run.resolved()["tracking"]["uri"]
     return uri
@@ -213,7 +270,7 @@ def _uri(run: Run) -> str:
 
 def _client(uri: str) -> Any:
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
-    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
+    os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
     os.environ.setdefault("GIT_PYTHON_REFRESH", "quiet")
     from mlflow import MlflowClient
 

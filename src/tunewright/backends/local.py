@@ -165,7 +165,9 @@ class LocalBackend:
         run.job_file("deploy").unlink(missing_ok=True)
 
     def _start(self, stage: str, run: Run, arguments: list[str]) -> psutil.Process:
-        environment = dict(os.environ)
+        # Threads that spin while they wait make training several times slower when anything else is busy on the
+        # machine (docs/benchmarks.md); sleeping costs next to nothing when nothing else is.
+        environment = {"OMP_WAIT_POLICY": "PASSIVE"} | dict(os.environ)
         if self.settings.threads:
             environment |= {
                 "OMP_NUM_THREADS": str(self.settings.threads),

@@ -186,7 +186,7 @@ def _read_json_lines(path: Path) -> Iterator[Row | Broken]:
     with path.open("rb") as file:
         for number, raw in enumerate(file, start=1):
             where = f"{shown(path)}:{number}"
-            line = raw.removeprefix(b"\xef\xbb\xbf") if number == 1 else raw
+            line = (raw.removeprefix(b"\xef\xbb\xbf") if number == 1 else raw).rstrip(b"\r\n")
             if not line.strip():
                 continue
             try:

@@ -76,7 +76,8 @@ def _answers(run: Run, recipe: Recipe, test: Sequence[Example], labels: list[str
     train = prepare.examples(run, "train") if recipe.task == "classification" or "few-shot" in recipe.baselines else []
     asked = ["tuned", "base", *(["few-shot"] if "few-shot" in recipe.baselines else [])]
     answers: Answers = {}
-    model = None
+    model: Any = None
+    completer: Any = None
     for number, name in enumerate(asked):
 
         def progress(done: int, total: int, name: str = name, number: int = number) -> None:
@@ -85,9 +86,10 @@ def _answers(run: Run, recipe: Recipe, test: Sequence[Example], labels: list[str
         if name == "tuned":
             model = tuned_model(run, recipe, ref, tokenizer)
         elif name == "base":
+            model = completer = None  # else both models are in memory at once
             model = models.load_model(ref, device=run.resolved()["device"])
             models.grow(model, len(tokenizer))
-        completer = LocalCompleter(model, tokenizer, equipment)
+        completer = LocalCompleter(model, tokenizer, equipment, batch_rows=recipe.evaluate.batch_size)
         rows = _with_shots(run, recipe, train, test, tokenizer, labels) if name == "few-shot" else list(test)
         answers[name] = _ask(recipe, completer, rows, labels, run.resolved()["max_length"], progress)
     if labels is not None:
@@ -118,9 +120,7 @@ def _ask(
             "probabilities": distribution,
         }
     if recipe.task == "pretraining":
-        losses = [_piecewise(completer, prepare.render(tokenizer, example), max_length) for example in test]
-        progress(len(test), len(test))
-        return {"losses": losses}
+        return {"losses": _piecewise(completer, test, max_length, progress)}
     steps = 2 * len(test)
     losses = completer.losses(
         [_last_turn(tokenizer, example) for example in test], progress=lambda done, _: progress(done, steps)
@@ -139,12 +139,22 @@ def _ask(
     }
 
 
-def _piecewise(completer: LocalCompleter, whole: Rendering, max_length: int) -> tuple[float, int]:
-    """A long text's loss, piece by piece, each token but the first counted once."""
-    total, count = 0.0, 0
-    for loss, tokens in completer.losses(prepare.pieces(whole, max_length)):
-        total, count = total + loss, count + tokens
-    return total, count
+def _piecewise(
+    completer: LocalCompleter, test: Sequence[Example], max_length: int, progress: Callable[[int, int], None]
+) -> list[tuple[float, int]]:
+    """Each text's loss, a long one's piece by piece, each token but the first counted once."""
+    cut = [prepare.pieces(prepare.render(completer.tokenizer, example), max_length) for example in test]
+    pieces = iter(
+        completer.losses(
+            [piece for text in cut for piece in text],
+            progress=lambda done, total: progress(done * len(test) // total, len(test)),
+        )
+    )
+    losses = []
+    for text in cut:
+        of_text = [next(pieces) for _ in text]
+        losses.append((sum(loss for loss, _ in of_text), sum(count for _, count in of_text)))
+    return losses
 
 
 def _last_turn(tokenizer: Any, example: Example) -> Rendering:
@@ -233,26 +243,37 @@ def _statistic(
 
 
 def _f1_macro(said: dict[str, Any], test: Sequence[Example], labels: list[str]) -> compare.Statistic:
+    truth = _places([str(example.label) for example in test], labels)
+    predicted = _places(said["prediction"], labels)
+    return lambda chosen: _f1_of(truth[chosen], predicted[chosen], len(labels))
+
+
+def _f1_of(truth: Any, predicted: Any, size: int) -> float:
     """As scikit-learn's, from counts, since it is asked thousands of times."""
+    hits = np.bincount(truth[truth == predicted], minlength=size)
+    both = np.bincount(truth, minlength=size) + np.bincount(predicted, minlength=size)
+    return float((2 * hits[both > 0] / both[both > 0]).mean())
+
+
+def _places(words: Sequence[str], labels: Sequence[str]) -> Any:
     place = {label: number for number, label in enumerate(labels)}
-    truth = np.array([place[str(example.label)] for example in test])
-    predicted = np.array([place[label] for label in said["prediction"]])
-    size = len(labels)
-
-    def statistic(chosen: Any) -> float:
-        one, other = truth[chosen], predicted[chosen]
-        hits = np.bincount(one[one == other], minlength=size)
-        both = np.bincount(one, minlength=size) + np.bincount(other, minlength=size)
-        return float((2 * hits[both > 0] / both[both > 0]).mean())
-
-    return statistic
+    return np.array([place[word] for word in words])
 
 
 def _test(
     metric: str, tuned: dict[str, Any], other: dict[str, Any], test: Sequence[Example], labels: Any, seed: int
 ) -> tuple[float, str]:
-    if labels is not None:
+    if metric == "accuracy":
         return compare.mcnemar(_right(tuned, test), _right(other, test)), "McNemar exact"
+    if metric == "f1_macro":
+        truth = _places([str(example.label) for example in test], labels)
+        said, instead = (_places(answers["prediction"], labels) for answers in (tuned, other))
+
+        def difference(exchanged: Any) -> float:
+            mine, theirs = np.where(exchanged, instead, said), np.where(exchanged, said, instead)
+            return _f1_of(truth, mine, len(labels)) - _f1_of(truth, theirs, len(labels))
+
+        return compare.exchange(difference, len(test), seed=seed), "paired permutation"
     if metric == "loss":
         one, two = ([loss for loss, _ in said["losses"]] for said in (tuned, other))
     else:

@@ -22,7 +22,7 @@ def receipt(trained: Any, packaged: Any, prompts: Sequence[list[int]]) -> dict[s
     """
     import torch
 
-    largest, divergence, agree = 0.0, 0.0, 0
+    differences, divergences, agree = [], [], 0
     with torch.inference_mode():
         for prompt in prompts:
             ids = torch.tensor([prompt])
@@ -30,15 +30,16 @@ def receipt(trained: Any, packaged: Any, prompts: Sequence[list[int]]) -> dict[s
                 model(input_ids=ids.to(model.device), use_cache=False, logits_to_keep=1).logits[0, -1].float().cpu()
                 for model in (trained, packaged)
             )
-            largest = max(largest, float((one_V - other_V).abs().max()))
+            differences.append((one_V - other_V).abs().max())
             one_log_V, other_log_V = one_V.log_softmax(-1), other_V.log_softmax(-1)
-            divergence = max(divergence, float((one_log_V.exp() * (one_log_V - other_log_V)).sum()))
+            divergences.append((one_log_V.exp() * (one_log_V - other_log_V)).sum().clamp(min=0))
             agree += int(one_V.argmax() == other_V.argmax())
+    largest = float(torch.stack(differences).max())  # a NaN among them is the largest
     found = {
         "rows": len(prompts),
         "largest_logit_difference": largest,
-        "largest_kl": max(0.0, divergence),
-        "same_best_token": agree / max(1, len(prompts)),
+        "largest_kl": float(torch.stack(divergences).max()),
+        "same_best_token": agree / len(prompts),
         "threshold": THRESHOLD,
     }
     if not largest <= THRESHOLD:

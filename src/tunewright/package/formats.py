@@ -151,14 +151,16 @@ def _log(run: Run, recipe: Recipe, tracker: Tracker, labels: list[str] | None) -
 
     from tunewright import __version__
 
-    given = pd.DataFrame({"text": ["a text"]})
+    messages = [{"role": "user", "content": "a text"}]
+    given = pd.DataFrame({"text": ["a text", None], "messages": [None, messages]})  # either column will do
     gives = pd.DataFrame({"prediction": ["an answer"]} | ({"probability": [0.5]} if labels else {}))
+    params = None if labels else {"max_new_tokens": recipe.evaluate.max_new_tokens}
     return tracker.model(
         Path(__file__).with_name("mlflow_model.py"),
         {"model": run.packaged_model, "rendering": run.rendering_file},
         name=recipe.registered_name,
         requirements=[f"tunewright=={__version__}"],
-        example=(given, gives),
+        example=(given, gives, params),
     )
 
 

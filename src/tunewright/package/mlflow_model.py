@@ -1,7 +1,8 @@
 """What MLflow runs to answer: `mlflow models predict -m models:/NAME/VERSION --env-manager local ...`.
 
 Input: a table with the column `text` (or `messages`, each a list of chat messages). Output: `prediction`, and for a
-classifier its `probability`. MLflow copies this file into the model; it is not imported anywhere else.
+classifier its `probability`. The parameter `max_new_tokens` is the longest answer of a model that writes text; unless
+it is given, as long as in evaluation. MLflow copies this file into the model; it is not imported anywhere else.
 """
 
 from __future__ import annotations
@@ -14,10 +15,9 @@ import pandas as pd
 
 from tunewright import chat, models
 from tunewright.chat import Equipment, Message
+from tunewright.errors import DataError
 from tunewright.generate import LocalCompleter
 from tunewright.run import read_json
-
-MAX_NEW_TOKENS = 256
 
 
 class TunedModel(mlflow.pyfunc.PythonModel):
@@ -30,31 +30,39 @@ class TunedModel(mlflow.pyfunc.PythonModel):
             raise ValueError(f"this model renders prompts otherwise than in training: {found[0]}")
         equipment = Equipment(**{key: rendering[key] for key in Equipment.__dataclass_fields__})
         self.completer = LocalCompleter(models.load_folder(folder), tokenizer, equipment)
+        self.task: str = rendering["task"]
         self.labels: list[str] | None = rendering["labels"]
         self.system: str | None = rendering["system"]
 
-    def predict(self, context: Any, model_input: Any, params: Any = None) -> Any:
-        prompts = [chat.render_prompt(self.completer.tokenizer, self._messages(row)) for row in _rows(model_input)]
+    def predict(self, context, model_input, params=None):  # type: ignore[no-untyped-def]  # MLflow reads types as a schema
+        rows: list[dict[str, Any]] = pd.DataFrame(model_input).to_dict("records")
+        prompts = [self._prompt(row) for row in rows]
         if self.labels is None:
-            return pd.DataFrame({"prediction": self.completer.generate(prompts, max_new_tokens=MAX_NEW_TOKENS)})
+            room: int = (params or {})["max_new_tokens"]
+            return pd.DataFrame({"prediction": self.completer.generate(prompts, max_new_tokens=room)})
         import torch
 
-        scores = torch.tensor(self.completer.score(prompts, self.completer.tree(self.labels)))
+        tree = self.completer.tree(self.labels)
+        scores = torch.tensor(self.completer.score(prompts, tree), dtype=torch.float64)
         best = scores.softmax(dim=1).max(dim=1)
         return pd.DataFrame(
             {"prediction": [self.labels[place] for place in best.indices.tolist()], "probability": best.values.tolist()}
         )
 
-    def _messages(self, row: dict[str, Any]) -> list[Message]:
-        if "messages" in row:
-            return [Message(one["role"], one["content"]) for one in row["messages"]]
+    def _prompt(self, row: dict[str, Any]) -> list[int]:
+        """What the model goes on from, as evaluation asked it."""
+        text, messages = row.get("text"), row.get("messages")
+        if not isinstance(text, str) and not isinstance(messages, list):
+            raise DataError("a row needs `text`, or `messages`: a list of tables with role and content")
+        if self.task == "pretraining" and isinstance(text, str):
+            return chat.encode(self.completer.tokenizer, text)
         system = [Message("system", self.system)] if self.system else []
-        return [*system, Message("user", str(row["text"]))]
-
-
-def _rows(table: Any) -> list[dict[str, Any]]:
-    rows: list[dict[str, Any]] = pd.DataFrame(table).to_dict("records")
-    return rows
+        asked = (
+            [Message(one["role"], one["content"]) for one in messages]
+            if isinstance(messages, list)
+            else [*system, Message("user", str(text))]
+        )
+        return chat.render_prompt(self.completer.tokenizer, asked)
 
 
 mlflow.models.set_model(TunedModel())

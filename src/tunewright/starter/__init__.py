@@ -27,3 +27,8 @@ def data_path(name: str) -> Path:
         known = ", ".join(sorted(file.name for file in path.parent.iterdir() if file.name != "README.md"))
         raise FileNotFoundError(f"the starter has no data file {name!r}; it has {known}")
     return path
+
+
+def recipe_path() -> Path:
+    """The recipe that `tunewright demo` runs."""
+    return _FOLDER / "demo.yaml"

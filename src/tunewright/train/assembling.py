@@ -74,7 +74,7 @@ class Collator:
     def __init__(self, pad_id: int) -> None:
         self.pad_id = pad_id
 
-    def __call__(self, rows: Sequence[Rendering]) -> dict[str, torch.Tensor]:
+    def __call__(self, rows: Sequence[Rendering]) -> dict[str, torch.Tensor | bool]:
         longest = max(len(row.ids) for row in rows)
         ids_BT = torch.full((len(rows), longest), self.pad_id, dtype=torch.long)
         real_BT = torch.zeros((len(rows), longest), dtype=torch.long)
@@ -91,4 +91,5 @@ class Collator:
             "logits_to_keep": target_BT.roll(-1, dims=1),  # the place before each target predicts it
             "labels": targets_K,
             "shift_labels": targets_K,  # says that the targets are already aligned with the kept logits
+            "use_cache": False,
         }

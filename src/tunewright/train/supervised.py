@@ -81,6 +81,7 @@ def fit(run: Run, tracker: Tracker) -> None:
     run.event("train", "resumed" if start else "started", step=checkpoints.step(start) if start else 0)
     if start:
         arguments.eval_on_start = False  # it was measured when the run did start
+    arguments.use_cache = getattr(model.config, "use_cache", True)  # else Trainer writes False into what is saved
     trainable = sum(weight.numel() for weight in model.parameters() if weight.requires_grad)
     watch = Watch(run)
     trainer = SupervisedTrainer(

@@ -1,0 +1,49 @@
+"""Documentation is tested: generated pages are current, commands and keys are described, recipes in it load."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+from pathlib import Path
+
+import pytest
+
+from tunewright import cli
+from tunewright import recipe as recipes
+
+ROOT = Path(__file__).parents[1]
+PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")])
+
+
+@pytest.mark.parametrize("page", ["cli.md", "recipe.md"])
+def test_generated_pages_are_current(page: str) -> None:
+    spec = importlib.util.spec_from_file_location("make_docs", ROOT / "scripts" / "make_docs.py")
+    assert spec is not None
+    assert spec.loader is not None
+    make_docs = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(make_docs)
+    fresh = make_docs.cli_page() if page == "cli.md" else make_docs.recipe_page()
+    assert (ROOT / "docs" / page).read_text() == fresh, "run .venv/bin/python scripts/make_docs.py"
+
+
+def test_every_command_in_the_documentation_exists() -> None:
+    known = {command.name or command.callback.__name__ for command in cli.app.registered_commands if command.callback}
+    for page in PAGES:
+        for name in re.findall(r"^(?:\$ )?tunewright ([a-z]+)", page.read_text(), flags=re.MULTILINE):
+            assert name in known, f"{page.name} mentions tunewright {name}"
+
+
+def test_yaml_blocks_that_are_whole_recipes_load() -> None:
+    found = 0
+    for page in PAGES:
+        for block in re.findall(r"```yaml\n(.*?)```", page.read_text(), flags=re.DOTALL):
+            if block.startswith("name:"):
+                recipes.loads(block, page.name)
+                found += 1
+    assert found > 0
+
+
+def test_links_between_pages_lead_somewhere() -> None:
+    for page in PAGES:
+        for target in re.findall(r"\]\(([^)#:]+)\)", page.read_text()):
+            assert (page.parent / target).exists(), f"{page.name} links to {target}"

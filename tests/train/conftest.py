@@ -1,0 +1,79 @@
+"""Runs of a tiny model that are prepared and not trained yet, and training in a process that can be killed."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import sys
+from collections.abc import Callable
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+
+from tunewright import life, work
+from tunewright import recipe as recipes
+from tunewright.run import Run
+from tunewright.testing import tiny_data, tiny_model
+from tunewright.tracking import Tracker
+from tunewright.train import supervised
+
+Prepare = Callable[..., Run]
+Spawn = Callable[[Run], BaseProcess]
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _one_thread() -> None:
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_model(tmp_path_factory.mktemp("train") / "model")
+
+
+@pytest.fixture
+def prepare(base: Path, tmp_path: Path) -> Prepare:
+    """A fresh run up to `prepare`; keywords are sections of the recipe."""
+
+    def begin(*, model: Path = base, rows: int = 24, **sections: Any) -> Run:
+        data = tiny_data(tmp_path / "data", train=rows, test=8)
+        sections["data"] = data | sections.get("data", {})
+        given = {"name": "t", "model": str(model), "task": "classification", "tracking": {"enabled": False}}
+        run = life.start(recipes.loads(yaml.safe_dump(given | sections)), tmp_path / "runs", resume=False)
+        life.advance(run, until="check")
+        work.prepare(run)
+        return run
+
+    return begin
+
+
+def fit(run: Run) -> dict[str, Any]:
+    """Train in this process; gives the manifest."""
+    supervised.fit(run, Tracker(run))
+    return run.manifest("train")
+
+
+@pytest.fixture(scope="session")
+def spawn() -> Spawn:
+    """Start `python -m tunewright.work train RUN` in a process of its own, forked from one that has the imports."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["tunewright.work", "tunewright.train.supervised", "peft"])
+
+    def start(run: Run) -> BaseProcess:
+        process = context.Process(target=_train, args=(str(run.path),))
+        process.start()
+        return process
+
+    return start
+
+
+def _train(path: str) -> None:
+    torch.set_num_threads(1)
+    with open(Path(path) / "train.out", "ab") as log:
+        os.dup2(log.fileno(), 1)
+        os.dup2(log.fileno(), 2)
+    sys.exit(work.main(["train", path]))
