@@ -36,6 +36,7 @@ def _settle_environment() -> None:
         "HF_HUB_DISABLE_TELEMETRY": "1",
         "HF_HUB_DISABLE_PROGRESS_BARS": "1",
         "TOKENIZERS_PARALLELISM": "false",
+        "OMP_WAIT_POLICY": "PASSIVE",  # as the local backend sets it: spinning threads starve each other
     }
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -39,7 +40,8 @@ REFUSES_SYSTEM = (
 LLAMA3 = (
     "{{- bos_token }}{%- for message in messages %}"
     "{{- '<|start_header_id|>' + message['role'] + '<|end_header_id|>\\n\\n' + message['content'] | trim + '<|eot|>' }}"
-    "{%- endfor %}{%- if add_generation_prompt %}{{- '<|start_header_id|>assistant<|end_header_id|>\\n\\n' }}{%- endif %}"
+    "{%- endfor %}"
+    "{%- if add_generation_prompt %}{{- '<|start_header_id|>assistant<|end_header_id|>\\n\\n' }}{%- endif %}"
 )
 THINKS = """{%- for message in messages %}
     {%- if message.role == 'assistant' and not loop.last and '</think>' in message.content %}
@@ -265,6 +267,8 @@ def test_an_answer_s_ids_stand_behind_any_prompt(tokenizer: Any, answer: str) ->
 def test_a_date_in_the_template_is_the_same_tomorrow(make: Make) -> None:
     tokenizer = make(DATED)
     assert tokenizer.decode(render_prompt(tokenizer, [USER])).startswith("26 Jul 2024 00:00:00\n")
+    plain = [USER.to_dict()]
+    assert tokenizer.apply_chat_template(plain, tokenize=False).startswith("26 Jul 2024 00:00:00\n")  # nor elsewhere
 
 
 def test_plain_text_is_learnt_whole_and_ends_where_the_document_ends(make: Make) -> None:
@@ -309,7 +313,7 @@ def test_a_template_that_cannot_be_trained_with_is_refused(make: Make, template:
 def test_an_end_of_turn_that_is_read_as_text_is_refused(make: Make) -> None:
     tokenizer = make(equipped=False)
     tokenizer.split_special_tokens = True
-    with pytest.raises(ModelError, match="reads the end of an assistant's turn.*as text"):
+    with pytest.raises(ModelError, match=r"reads the end of an assistant's turn.*as text"):
         equip(tokenizer)
 
 
@@ -425,7 +429,7 @@ def test_the_longest_message_loses_its_end_first(make: Make) -> None:
     length = len(render(tokenizer, messages).ids)
     done = clipped(tokenizer, messages, length - 35)
     assert done.example is not None
-    assert [len(message.content) for message in done.example.messages] == [20, 28, 3, 27, 2]
+    assert [len(message.content) for message in done.example.messages] == [20, 27, 3, 28, 2]
     assert len(done.rendering.ids) == length - 35
 
 
@@ -493,7 +497,7 @@ def test_golden_ids_survive_json_and_differ_from_themselves_in_nothing(make: Mak
     ("old", "new", "said"),
     [
         ("\n{{", "\n {{", r"golden conversation 1 \(assistant: 'yes'\): token 6 is ' ' here and was 'i' in training"),
-        ("<|im_end|>\n", "<|im_end|>", r"golden conversation 2 .*: token \d+ is '<\|im_start\|>' here and was '\n'"),
+        ("<|im_end|>\n", "<|im_end|>", r"golden conversation 1 .*: token \d+ is '<\|im_start\|>' here and was '\\n'"),
         ("assistant\n{% endif", "assistant{% endif", r"golden conversation 1 .*: token \d+ is "),
         ("{% endfor %}", "{% endfor %} ", "golden conversation 1"),
         ("{{ message['content'] }}", "{{ message['content'] if messages | length > 2 }}", "golden conversation 1: the"),
@@ -508,15 +512,14 @@ def test_a_change_of_the_template_is_named(
     tokenizer.add_special_tokens({"additional_special_tokens": list(SPECIALS), "bos_token": "<|bos|>"})
     tokenizer.chat_template = CHATML.replace(old, new)
     found = differences(tokenizer, rendering)
-    assert found
-    assert any(__import__("re").search(said, one) for one in found), found
+    assert re.search(said, found[0])
 
 
 def test_a_changed_token_is_named(make: Make, rendering: dict[str, Any]) -> None:
     tokenizer = make(CHATML)
     tokenizer.add_tokens(["good"])
     (one, _) = differences(tokenizer, rendering)
-    assert one == "golden conversation 1 (assistant: 'yes'): token 12 is 'good' here and was 'go' in training"
+    assert one == "golden conversation 1 (assistant: 'yes'): token 12 is 'good' here and was 'g' in training"
 
 
 def test_an_end_that_is_missing_is_named(make: Make, rendering: dict[str, Any]) -> None:

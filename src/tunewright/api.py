@@ -79,7 +79,11 @@ class Life:
 
     def show(self) -> dict[str, Any]:
         """What is known about the run."""
-        return summary.facts(self.folder)
+        known = summary.facts(self.folder)
+        if "endpoint" in known:
+            backend = backends.backend(self.recipe)
+            known["endpoint"] |= {"up": isinstance(backend, backends.Serves) and backend.serving(self.folder)}
+        return known
 
     def destroy(self, *, files: bool = False) -> list[removal.Removed]:
         """Stop and remove everything that the run made outside its folder; with `files` the folder too."""

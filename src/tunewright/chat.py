@@ -16,6 +16,7 @@ from __future__ import annotations
 import datetime
 import functools
 import hashlib
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
@@ -39,8 +40,8 @@ END_OF_TURN = "<|end_of_turn|>"
 """Added to tokenizers that have no end-of-sequence token at all."""
 
 TODAY = datetime.datetime(2024, 7, 26)
-"""What templates that write the date are told, so that tomorrow's prompts are those of training. Llama 3's own choice
-where no clock is given."""
+"""What a template that writes the date writes, so that tomorrow's prompts are those of training. It is what Llama 3's
+template takes where there is no clock."""
 
 
 @dataclass(frozen=True)
@@ -140,7 +141,7 @@ def equip(tokenizer: Any) -> Equipment:
             "{{- BOS -}}", "{{- bos_token -}}" if begins_with_bos else ""
         )
     try:
-        tokenizer.chat_template = tokenizer.get_chat_template()  # of several, the one called default
+        tokenizer.chat_template = _without_clock(tokenizer.get_chat_template())  # of several, the one called default
     except ValueError as error:
         raise ModelError(f"the tokenizer's chat template: {error}") from None
     if tokenizer.pad_token is None:
@@ -356,9 +357,7 @@ def _text(tokenizer: Any, messages: Sequence[Message], add_generation_prompt: bo
 
     plain = [message.to_dict() for message in messages]
     try:
-        text: str = tokenizer.apply_chat_template(
-            plain, tokenize=False, add_generation_prompt=add_generation_prompt, strftime_now=TODAY.strftime
-        )
+        text: str = tokenizer.apply_chat_template(plain, tokenize=False, add_generation_prompt=add_generation_prompt)
     except TemplateError as error:
         roles = ", ".join(message.role for message in messages)
         raise DataError(f"the chat template refuses this conversation ({roles}): {error}") from None
@@ -380,7 +379,7 @@ def _turn_end(tokenizer: Any, turn: str) -> int | None:
 
 def _without_tail(turn: str, said: str) -> str:
     """A turn's text up to the end of what was said, without the line break that a template puts behind it."""
-    end = turn.rfind(said) + len(said)
+    end = len(said) if turn.startswith(said) else turn.rfind(said) + len(said)
     return turn[:end] if said in turn and not turn[end:].strip() else turn.rstrip("\n")
 
 
@@ -389,6 +388,12 @@ def _specials(tokenizer: Any, size: int, eos: str) -> tuple[str, ...]:
     """The tokenizer's special tokens; `size` and `eos` tell when to look again. Asking takes long, so it is kept."""
     added = (token.content for token in tokenizer.added_tokens_decoder.values() if token.special)
     return tuple(token for token in {*tokenizer.all_special_tokens, *added} if token)
+
+
+def _without_clock(template: str) -> str:
+    return re.sub(
+        r"""strftime_now\(\s*(["'])(.*?)\1\s*\)""", lambda found: repr(TODAY.strftime(found.group(2))), template
+    )
 
 
 def _end_of_turn(tokenizer: Any) -> tuple[str, int]:
@@ -409,7 +414,7 @@ def _starts(tokenizer: Any, text: str) -> list[int]:
     if not tokenizer.is_fast:
         return list(range(len(text)))
     spans = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False).offset_mapping
-    return [start for start, _ in spans]
+    return [0, *(start for start, _ in spans[1:])] if text else []
 
 
 def _shorten(starts: dict[int, list[int]], over: int) -> dict[int, int]:

@@ -212,9 +212,9 @@ def destroy(
 def list_runs(runs: RunsOption = RUNS, as_json: JsonOption = False) -> None:
     """List the runs: how far each got, and its verdict."""
     from tunewright import run as run_folders
-    from tunewright import screen, summary
+    from tunewright import screen
 
-    found = [summary.facts(one) for one in run_folders.list_runs(runs)]
+    found = [_open_run(one.path, runs).show() for one in run_folders.list_runs(runs)]
     if as_json:
         print(json.dumps(found, indent=1))
     else:

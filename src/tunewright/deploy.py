@@ -41,9 +41,7 @@ def test(run: Run, backend: Backend, *, progress: Callable[[int, int], None] | N
     import openai
 
     recipe = run.recipe()
-    endpoint = run.manifest("deploy")
-    assert isinstance(backend, Serves)
-    backend.deploy(run)  # the same endpoint if it still stands, a fresh one if the machine was restarted
+    endpoint = deploy(run, backend)  # the same if it still stands, a fresh one if the machine was restarted
     rows = read_json_lines(run.data_file("test"))[: recipe.deploy.test_rows]
     offline = _offline(run)
     client = openai.OpenAI(

@@ -23,7 +23,7 @@ from typing import Any
 from tunewright import chat, deploy, errors, models, tracking
 from tunewright import run as run_folders
 from tunewright.backends import base as backends
-from tunewright.backends.base import Backend, Problem
+from tunewright.backends.base import Backend, Problem, Serves
 from tunewright.data import prepare, sources
 from tunewright.data.prepare import Assembled
 from tunewright.errors import NOT_BETTER, RecipeError, RunError, StageError
@@ -141,7 +141,7 @@ def advance(run: Run, *, until: str = "test", watcher: Watcher | None = None) ->
     did = []
     with run.lock():
         for stage in STAGES[: STAGES.index(until) + 1]:
-            if run.status(stage) == "done":
+            if run.status(stage) == "done" and not (stage == "deploy" and _fell(run, backend)):
                 continue
             run.set_status(stage, "doing")
             watcher.started(run, stage)
@@ -203,6 +203,11 @@ def _do(stage: str, run: Run, recipe: Recipe, backend: Backend, watcher: Watcher
             deploy.test(run, backend, progress=lambda done, total: watcher.progress(run, "test", done, total, ""))
         case _:
             _hand_over(stage, run, backend, watcher)
+
+
+def _fell(run: Run, backend: Backend) -> bool:
+    """Whether an endpoint that was deployed no longer answers (the machine was restarted, say)."""
+    return isinstance(backend, Serves) and not backend.serving(run)
 
 
 def _check(run: Run, recipe: Recipe, watcher: Watcher) -> None:

@@ -188,6 +188,10 @@ class Data(Section):
             raise ValueError("split holds out rows where no test set is named, and test names one; remove one of them")
         if self.validation is None and self.limit.validation is not None:
             raise ValueError("limit.validation limits rows that are not there; set validation")
+        words = list(self.labels.values() if isinstance(self.labels, dict) else self.labels or ())
+        for word in words:
+            if words.count(word) > 1 or not word.strip():
+                raise ValueError(f"labels names {word!r} twice" if word.strip() else "labels holds an empty word")
         named = [[column for column in shape if getattr(self, column) is not None] for shape in SHAPES]
         if len([columns for columns in named if columns]) > 1:
             raise ValueError(

@@ -11,9 +11,10 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from rich import box
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TaskProgressColumn, TextColumn, TimeRemainingColumn
-from rich.table import Table
+from rich.table import Column, Table
 from rich.text import Text
 
 from tunewright import summary
@@ -124,7 +125,7 @@ def checked(found: Checked) -> None:
             markup=False,
         )
     if found.data is not None:
-        table = Table("split", "read", "used", "left out", "cut", "tokens a row (min median p95 max)", "answer tokens")
+        table = Table("split", "read", "used", "left out", "cut", "tokens", "answer tokens", box=box.SIMPLE_HEAD)
         for split, facts in found.data.splits.items():
             total, answer = facts["tokens"]["total"], facts["tokens"]["answer"]
             table.add_row(
@@ -137,6 +138,7 @@ def checked(found: Checked) -> None:
                 _spread(answer),
             )
         out.print(table)
+        out.print("tokens are: fewest, median, 95th percentile, most in a row", style="dim")
         if found.data.labels:
             shown = ", ".join(found.data.labels[:12]) + (", ..." if len(found.data.labels) > 12 else "")
             out.print(f"labels  {len(found.data.labels)}: {shown}", markup=False)
@@ -205,19 +207,16 @@ def runs(found: Sequence[dict[str, Any]], folder: Path) -> None:
     if not found:
         out.print(f"no runs in {folder}; `tunewright run RECIPE` makes one, `tunewright demo` shows how", markup=False)
         return
-    table = Table("run", "created", "model", "stage", "result", "endpoint")
+    table = Table(Column("run", no_wrap=True), "model", "stage", "result", "endpoint", box=box.SIMPLE_HEAD)
     for one in found:
         comparison = one.get("comparison")
-        result = ""
-        if comparison:
-            result = f"{comparison['verdict']} ({comparison['metric']} {comparison['tuned']:.3f})"
+        result = f"{comparison['verdict']}, {comparison['metric']} {comparison['tuned']:.3f}" if comparison else ""
         table.add_row(
             Text(one["run"]),
-            one["created"][:16].replace("T", " "),
             Text(one["model"].rpartition("/")[2]),
             _reached(one),
             Text(result, style=COLOURS[comparison["verdict"]] if comparison else ""),
-            "destroyed" if one["destroyed"] else one.get("endpoint", {}).get("base_url", ""),
+            _standing(one),
         )
     out.print(table)
 
@@ -238,7 +237,7 @@ def show(run: Run, known: dict[str, Any]) -> None:
     if "models" in known:
         names = ("accuracy", "f1_macro", "exact_match", "rouge_l", "loss", "perplexity")
         columns = [key for key in names if key in known["models"]["tuned"]]
-        table = Table("model", *columns)
+        table = Table("model", *columns, box=box.SIMPLE_HEAD)
         for name, values in known["models"].items():
             table.add_row(name, *(f"{values[key]:.4f}" if key in values else "" for key in columns))
         out.print(table)
@@ -247,7 +246,10 @@ def show(run: Run, known: dict[str, Any]) -> None:
         out.print(f"report: {known['report']}", markup=False)
     if "endpoint" in known:
         endpoint = known["endpoint"]
-        out.print(f"endpoint: {endpoint['base_url']}  model {endpoint['model']}  key in {run.key_file}", markup=False)
+        down = "" if endpoint["up"] else "  (not running; `tunewright deploy` starts it)"
+        out.print(
+            f"endpoint: {endpoint['base_url']}  model {endpoint['model']}  key in {run.key_file}{down}", markup=False
+        )
     if "test" in known:
         test = known["test"]
         out.print(
@@ -301,6 +303,16 @@ def _reached(known: dict[str, Any]) -> str:
         f"{stage} {status}" for stage, status in known["stages"].items() if status in ("failed", "doing", "cancelled")
     ]
     return unusual[0] if unusual else (done[-1] if done else "new")
+
+
+def _standing(known: dict[str, Any]) -> str:
+    """The endpoint of a run, in a word or its address."""
+    if known["destroyed"]:
+        return "destroyed"
+    endpoint = known.get("endpoint")
+    if endpoint is None:
+        return ""
+    return str(endpoint["base_url"]) if endpoint["up"] else "not running"
 
 
 def _places(places: Sequence[str]) -> str:

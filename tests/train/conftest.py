@@ -3,26 +3,20 @@
 from __future__ import annotations
 
 import multiprocessing
-import os
-import sys
-from collections.abc import Callable
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import training
 import yaml
+from training import Prepare, Spawn
 
 from tunewright import life, work
 from tunewright import recipe as recipes
 from tunewright.run import Run
 from tunewright.testing import tiny_data, tiny_model
-from tunewright.tracking import Tracker
-from tunewright.train import supervised
-
-Prepare = Callable[..., Run]
-Spawn = Callable[[Run], BaseProcess]
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -51,29 +45,15 @@ def prepare(base: Path, tmp_path: Path) -> Prepare:
     return begin
 
 
-def fit(run: Run) -> dict[str, Any]:
-    """Train in this process; gives the manifest."""
-    supervised.fit(run, Tracker(run))
-    return run.manifest("train")
-
-
 @pytest.fixture(scope="session")
 def spawn() -> Spawn:
     """Start `python -m tunewright.work train RUN` in a process of its own, forked from one that has the imports."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["tunewright.work", "tunewright.train.supervised", "peft"])
+    context.set_forkserver_preload(["training", "tunewright.train.supervised", "peft"])
 
     def start(run: Run) -> BaseProcess:
-        process = context.Process(target=_train, args=(str(run.path),))
+        process = context.Process(target=training.child, args=(str(run.path),))
         process.start()
         return process
 
     return start
-
-
-def _train(path: str) -> None:
-    torch.set_num_threads(1)
-    with open(Path(path) / "train.out", "ab") as log:
-        os.dup2(log.fileno(), 1)
-        os.dup2(log.fileno(), 2)
-    sys.exit(work.main(["train", path]))

@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 
-from tunewright.run import write_json
 from tunewright.train import checkpoints
 
 
@@ -68,9 +67,3 @@ def test_rotation_removes_the_oldest_and_never_the_best(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-8"]
     checkpoints.rotate(tmp_path, None)
     assert checkpoints.latest(tmp_path) is not None
-
-
-def test_a_seal_written_before_facts_is_still_one(tmp_path: Path) -> None:
-    checkpoint = make(tmp_path, 3, whole=False)
-    write_json(checkpoint / checkpoints.SEAL, {"step": 3, "files": {"optimizer.pt": 50}})
-    assert checkpoints.is_whole(checkpoint)

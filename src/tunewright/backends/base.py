@@ -105,6 +105,10 @@ class Serves(Protocol):
         """
         ...
 
+    def serving(self, run: Run) -> bool:
+        """Whether this run's endpoint answers right now."""
+        ...
+
     def undeploy(self, run: Run) -> None:
         """Stop serving. Stopping what is not there is fine."""
         ...

@@ -134,19 +134,21 @@ class LocalBackend:
         recipe = run.recipe()
         host = recipe.deploy.host
         if (alive := _process(run, "deploy")) is not None:
-            known = read_json(run.job_file("deploy"))
-            if known.get("base_url") and _answers(known["base_url"]):
-                return _endpoint(run, known)
+            if self.serving(run):
+                return _endpoint(run, read_json(run.job_file("deploy")))
             _stop(alive)
+        for left in run.resources():
+            if left["kind"] == "process" and left["is"] != "gone":
+                run.gone(left["entry"])  # an endpoint that died, or that the machine's restart ended
         port = recipe.deploy.port or _free_port(host)
         for key_file, prefix in ((run.key_file, "tw"), (run.test_key_file, "tw-test")):
             if not key_file.is_file():
                 write_text(key_file, f"{prefix}-{secrets.token_urlsafe(24)}\n", mode=0o600)
         run.failure_file("deploy").unlink(missing_ok=True)
         entry = run.intend("process", f"endpoint {recipe.endpoint_name}", stage="deploy", port=port)
-        process = self._start("deploy", run, ["serve", str(run.path), "--host", host, "--port", str(port)])
         base_url = f"http://{host}:{port}/v1"
-        write_json(run.job_file("deploy"), read_json(run.job_file("deploy")) | {"base_url": base_url, "entry": entry})
+        words = ["serve", str(run.path), "--host", host, "--port", str(port)]
+        process = self._start("deploy", run, words, base_url=base_url, entry=entry)
         run.made(entry, pid=process.pid, base_url=base_url)
         deadline = time.monotonic() + START_S
         while not _answers(base_url):
@@ -160,11 +162,14 @@ class LocalBackend:
             time.sleep(0.1)
         return _endpoint(run, read_json(run.job_file("deploy")))
 
+    def serving(self, run: Run) -> bool:
+        return _process(run, "deploy") is not None and _answers(read_json(run.job_file("deploy"))["base_url"])
+
     def undeploy(self, run: Run) -> None:
         _stop(_process(run, "deploy"))
         run.job_file("deploy").unlink(missing_ok=True)
 
-    def _start(self, stage: str, run: Run, arguments: list[str]) -> psutil.Process:
+    def _start(self, stage: str, run: Run, arguments: list[str], **facts: str) -> psutil.Process:
         # Threads that spin while they wait make training several times slower when anything else is busy on the
         # machine (docs/benchmarks.md); sleeping costs next to nothing when nothing else is.
         environment = {"OMP_WAIT_POLICY": "PASSIVE"} | dict(os.environ)
@@ -186,7 +191,7 @@ class LocalBackend:
             )
         STARTED[child.pid] = child
         process = psutil.Process(child.pid)
-        job = {"pid": child.pid, "created": process.create_time(), "at": now(), "stage": stage}
+        job = {"pid": child.pid, "created": process.create_time(), "at": now(), "stage": stage, **facts}
         write_json(run.job_file(stage), job)
         return process
 

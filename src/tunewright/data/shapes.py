@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Sequence
+import itertools
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,10 +12,12 @@ from tunewright import chat
 from tunewright.chat import Example, Message
 from tunewright.data.sources import Row
 from tunewright.errors import DataError
-from tunewright.recipe import Recipe
+from tunewright.recipe import SHAPES, Recipe
 
 CHAT_SHAPES = (("messages",), ("prompt", "completion"), ("instruction", "response"), ("instruction", "output"))
 """Columns that are recognised for task: chat when the recipe names none."""
+LOOKED_AT = 1000
+"""Rows among which the columns must turn up."""
 
 
 class Unusable(Exception):
@@ -35,12 +38,31 @@ class Shape:
     read: Callable[[Row], Example]
 
 
-def recognise(recipe: Recipe, first: Row, classes: Sequence[str] | None) -> Shape:
-    """The shape of a table, from the recipe and its first row.
+def recognise(recipe: Recipe, rows: Iterable[Row], classes: Sequence[str] | None) -> Shape:
+    """The shape of a table, from the recipe and the first row that has the columns.
 
     Raises:
-        DataError: the columns that are needed are not there.
+        DataError: the first row lacks a column, and so do those behind it.
     """
+    problem: DataError | None = None
+    for row in itertools.islice(rows, LOOKED_AT):
+        try:
+            return _shape(recipe, row, classes)
+        except DataError as error:
+            problem = problem or error
+    assert problem is not None
+    raise problem
+
+
+def nearest(word: str, known: Sequence[str]) -> str:
+    """A hint for a word that is not among those known."""
+    near = difflib.get_close_matches(word, known, n=1)
+    if near:
+        return f"did you mean {near[0]!r}?"
+    return f"known: {', '.join(known[:10])}{', ...' if len(known) > 10 else ''}"
+
+
+def _shape(recipe: Recipe, first: Row, classes: Sequence[str] | None) -> Shape:
     data = recipe.data
     match recipe.task:
         case "classification":
@@ -54,7 +76,7 @@ def recognise(recipe: Recipe, first: Row, classes: Sequence[str] | None) -> Shap
             columns = _chat_columns(recipe, first)
             reader = lambda row: _conversation(row, columns, data.system)  # noqa: E731
     for part, column in columns.items():
-        if part != "input" and column not in first.fields:
+        if column not in first.fields and (part != "input" or data.input is not None):
             _missing(first, part, column)
     return Shape(columns, reader)
 
@@ -66,23 +88,14 @@ def _chat_columns(recipe: Recipe, first: Row) -> dict[str, str]:
         for part in ("messages", "prompt", "completion", "instruction", "input", "response")
         if (column := getattr(data, part)) is not None
     }
-    pairs = (("messages",), ("prompt", "completion"), ("instruction", "response"))
-    if named:
-        for pair in pairs:
-            if any(part in named for part in pair):
-                columns = {part: named.get(part, part) for part in pair}
-                if pair[0] == "instruction" and (named.get("input") or "input" in first.fields):
-                    columns["input"] = named.get("input", "input")
-                return columns
-        raise DataError("data.input alone says nothing; name data.instruction and data.response")
-    for shape in CHAT_SHAPES:
-        if all(column in first.fields for column in shape):
-            columns = dict(zip(("messages",) if len(shape) == 1 else shape, shape, strict=True))
-            if "output" in columns:
-                columns["response"] = columns.pop("output")
-            if "instruction" in columns and "input" in first.fields:
-                columns["input"] = "input"
-            return columns
+    for shape in SHAPES:
+        if any(part in named for part in shape):
+            return {part: named.get(part, part) for part in shape}
+    for columns in CHAT_SHAPES:
+        if all(column in first.fields for column in columns):
+            answer = {"response": columns[1]} if columns[0] == "instruction" else {columns[-1]: columns[-1]}
+            extra = {"input": "input"} if columns[0] == "instruction" else {}
+            return {columns[0]: columns[0], **extra, **answer}
     raise DataError(
         f"{first.where}: columns {', '.join(map(repr, first.fields))}: task: chat needs `messages`, or `prompt` and "
         "`completion`, or `instruction` and `response`; name yours in the recipe, such as data.prompt: question"
@@ -97,12 +110,7 @@ def _labelled(row: Row, columns: dict[str, str], names: dict[str, str] | None, s
 
 
 def _plain(row: Row, columns: dict[str, str]) -> Example:
-    text = _field(row, columns["text"])
-    if not isinstance(text, str):
-        raise Unusable("wrong_type", f"column {columns['text']!r} is {_kind(text)}, not text")
-    if not text.strip():
-        raise Unusable("empty_text", f"column {columns['text']!r} is empty", severity="warning")
-    return Example(row.where, row.where, text=text, ends=row.ends)
+    return Example(row.where, row.where, text=_string(row, columns["text"], "empty_text"), ends=row.ends)
 
 
 def _conversation(row: Row, columns: dict[str, str], system: str | None) -> Example:
@@ -111,7 +119,8 @@ def _conversation(row: Row, columns: dict[str, str], system: str | None) -> Exam
     else:
         asks, says = ("prompt", "completion") if "prompt" in columns else ("instruction", "response")
         prompt = _string(row, columns[asks], "empty_prompt")
-        if "input" in columns and (extra := row.fields.get(columns["input"])):
+        column = columns.get("input")
+        if column is not None and row.fields.get(column) is not None and (extra := _text(row, column)).strip():
             prompt = f"{prompt}\n\n{extra}"
         messages = (Message("user", prompt), Message("assistant", _string(row, columns[says], "empty_answer")))
     messages = _with_system(messages, system)
@@ -119,8 +128,10 @@ def _conversation(row: Row, columns: dict[str, str], system: str | None) -> Exam
         chat.check_messages(messages, "")
     except DataError as error:
         raise Unusable("messages", str(error).removeprefix(": ")) from None
-    if not any(message.role == "assistant" and message.weight and message.content.strip() for message in messages):
-        raise Unusable("empty_answer", "no assistant message has anything to learn from", severity="warning")
+    if not messages[-1].content.strip():
+        raise Unusable("empty_answer", "the last assistant message is empty", severity="warning")
+    if not any(message.role == "assistant" and message.weight for message in messages):
+        raise Unusable("empty_answer", "every assistant message has weight 0", severity="warning")
     return Example(row.where, row.where, messages)
 
 
@@ -135,8 +146,8 @@ def _messages(row: Row, column: str) -> tuple[Message, ...]:
         if one.get("tool_calls") or one.get("function_call"):
             raise Unusable("messages", f"message {number} calls a tool; tool calls are not supported yet")
         content = one.get("content")
-        if isinstance(content, list) and all(isinstance(part, dict) and part.get("type") == "text" for part in content):
-            content = "".join(str(part["text"]) for part in content)
+        if isinstance(content, list) and all(_is_text_part(part) for part in content):
+            content = "".join(part["text"] for part in content)
         if not isinstance(content, str):
             raise Unusable("messages", f"message {number} ({one['role']}): content is {_kind(content)}, not text")
         weight = one.get("weight")
@@ -146,8 +157,12 @@ def _messages(row: Row, column: str) -> tuple[Message, ...]:
     return tuple(messages)
 
 
+def _is_text_part(part: Any) -> bool:
+    return isinstance(part, dict) and part.get("type") == "text" and isinstance(part.get("text"), str)
+
+
 def _with_system(messages: tuple[Message, ...], system: str | None) -> tuple[Message, ...]:
-    if system is None or (messages and messages[0].role == "system"):
+    if system is None or (messages and messages[0].role in ("system", "developer")):
         return messages
     return (Message("system", system), *messages)
 
@@ -159,43 +174,56 @@ def _field(row: Row, column: str) -> Any:
 
 
 def _string(row: Row, column: str, empty: str) -> str:
-    value = _field(row, column)
-    if value is None or (isinstance(value, str) and not value.strip()):
+    text = "" if _field(row, column) is None else _text(row, column)
+    if not text.strip():
         raise Unusable(empty, f"column {column!r} is empty", severity="warning")
+    return text
+
+
+def _text(row: Row, column: str) -> str:
+    value = _field(row, column)
     if not isinstance(value, str):
         raise Unusable("wrong_type", f"column {column!r} is {_kind(value)}, not text")
     return value
 
 
 def _label(value: Any, column: str, names: dict[str, str] | None) -> str:
+    if isinstance(value, list | dict):
+        raise Unusable("wrong_type", f"column {column!r} is {_kind(value)}; one class for each row")
+    if value is None or value != value or str(value).strip() == "":  # NaN is not itself
+        raise Unusable("empty_label", f"column {column!r} is empty", severity="warning")
     if isinstance(value, float) and value.is_integer():
         value = int(value)
     word = str(value).lower() if isinstance(value, bool) else str(value).strip()
-    if value is None or word in ("", "nan"):
-        raise Unusable("empty_label", f"column {column!r} is empty", severity="warning")
-    if isinstance(value, list | dict):
-        raise Unusable("wrong_type", f"column {column!r} is {_kind(value)}; one class for each row")
     if names is None:
         return word
+    if isinstance(value, bool) and word not in names:
+        word = str(int(value))
     if word in names:
         return names[word]
-    known = list(dict.fromkeys(names.values()))
-    near = difflib.get_close_matches(word, known, n=1)
-    hint = (
-        f"did you mean {near[0]!r}?" if near else f"known: {', '.join(known[:10])}{', ...' if len(known) > 10 else ''}"
-    )
-    raise Unusable("unknown_label", f"unknown label {word!r}; {hint}")
+    raise Unusable("unknown_label", f"unknown label {word!r}; {nearest(word, list(dict.fromkeys(names.values())))}")
 
 
 def _class_names(recipe: Recipe, classes: Sequence[str] | None) -> dict[str, str] | None:
-    """What may stand in the label column -> the class's word. None: whatever stands there is the word."""
+    """What may stand in the label column -> the class's word. None: whatever stands there is the word.
+
+    Raises:
+        DataError: a class is called as another one is numbered.
+    """
     given = recipe.data.labels
-    if isinstance(given, dict):
-        return {str(number): word for number, word in given.items()} | {word: word for word in given.values()}
-    words = given or classes
-    if words is None:
-        return None
-    return {str(number): word for number, word in enumerate(words)} | {word: word for word in words}
+    if given is None:
+        if classes is None:
+            return None
+        # The data set's own classes: its column holds their numbers, also where a class is called `1`.
+        return {word: word for word in classes} | {str(number): word for number, word in enumerate(classes)}
+    numbered = {str(number): word for number, word in (given.items() if isinstance(given, dict) else enumerate(given))}
+    for word in numbered.values():
+        if numbered.get(word, word) != word:
+            raise DataError(
+                f"data.labels: {word!r} is the word of one class and the number of another ({numbered[word]!r}); say "
+                f"which number means which word, such as {{1: one, 2: two}}, or leave data.labels out"
+            )
+    return numbered | {word: word for word in numbered.values()}
 
 
 def _missing(row: Row, part: str, column: str) -> None:

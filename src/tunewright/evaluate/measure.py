@@ -331,6 +331,7 @@ def _report(
     wanted = recipe.evaluate.must_beat or "base"
     comparison = next(one for one in measured["comparisons"] if one["baseline"] == wanted)
     log = run.metrics()
+    where = f"{run.path.parent.name}/{run.id}"
     body: dict[str, Any] = {
         "schema": 1,
         "name": recipe.name,
@@ -366,9 +367,9 @@ def _report(
         "data": {split: checks["splits"][split] for split in ("train", "test")} | {"findings": checks["findings"][:50]},
         "model": {key: resolved["model"][key] for key in ("name", "revision", "parameters")},
         "repeat": [
-            f"tunewright run {run.recipe_file}",
-            f"tunewright show {run.path}",
-            f"tunewright destroy {run.path}",
+            f"tunewright run {where}/recipe.yaml --fresh",
+            f"tunewright show {where}",
+            f"tunewright destroy {where}",
         ],
         "versions": resolved["versions"],
         "recipe": run.recipe_file.read_text(),

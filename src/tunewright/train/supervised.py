@@ -169,6 +169,11 @@ class SupervisedTrainer(Trainer):
             f"training: the {what} is {float(value)} at step {step}; {where}. Lower train.learning_rate and start again"
         )
 
+    def refuse_broken_weights(self) -> None:
+        """Nothing is saved that holds a weight which is no number."""
+        trained = [weight.detach().abs().max() for weight in self.model.parameters() if weight.requires_grad]
+        self._refuse_nan("largest weight", torch.stack(trained).max(), self.state.global_step)
+
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         if self.args.train_sampling_strategy != "group_by_length":
             return super()._get_train_sampler(train_dataset)
@@ -190,6 +195,7 @@ class SupervisedTrainer(Trainer):
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         """A checkpoint is sealed once MLflow has it and every number up to it, so a resume has nothing to make up."""
+        self.refuse_broken_weights()
         super()._save_checkpoint(model, trial)
         folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
         self.tracker.flush()
@@ -349,6 +355,7 @@ def write_weights(model: Any, folder: Path) -> None:
 
 def _save(run: Run, recipe: Recipe, trainer: SupervisedTrainer, trainable: int, *, resumed: Path | None) -> None:
     """The trained weights, then train/manifest.json."""
+    trainer.refuse_broken_weights()
     target = run.trained(recipe.train.method)
     fresh = target.with_name(f".{target.name}.new")
     shutil.rmtree(fresh, ignore_errors=True)
