@@ -164,6 +164,7 @@ def test_what_no_recipe_says_is_named_with_its_line(text: str, said: str) -> Non
         ("train: {bf16: true, fp16: true}", "bf16 and fp16 are both set"),
         ("train:\n  epochs: 1\n  eval_steps: 5", "recipe.yaml:7: `train`: eval_steps is set but eval_strategy"),
         ("train: {logging_steps: 1.5}", "logging_steps is 1.5; say whole steps"),
+        ("train: {max_steps: 0}", "max_steps is 0; say how many, or -1 to leave it to epochs"),
         ("train: {save_steps: 2.5}", "save_steps is 2.5; say whole steps"),
         ("train: {load_best_model_at_end: true}", "load_best_model_at_end needs a validation loss"),
         ("train: {eval_on_start: true}", "eval_on_start needs a validation loss"),
@@ -190,6 +191,8 @@ def test_settings_that_contradict_each_other_are_refused(text: str, said: str) -
         ("pretraining", "system: x", "data.system is for task: classification or chat, not for pretraining"),
         ("pretraining", "over_length: drop", "recipe.yaml:6: data.over_length is for prompts"),
         ("chat", "prompt: x\n  response: y", "prompt, response are not of one kind of row"),
+        ("classification", "labels: [a, b, a]", "recipe.yaml:6: `data`: labels names 'a' twice"),
+        ("classification", "labels: {0: a, 1: ' '}", "recipe.yaml:6: `data`: labels holds an empty word"),
         ("chat", "input: x", "recipe.yaml:6: `data`: input alone says nothing"),
         ("chat", "test: b.csv\n  split: {test: 0.5}", "recipe.yaml:7: `data`: split holds out rows where no test set"),
         ("chat", "limit: {validation: 5}", "recipe.yaml:6: `data`: limit.validation limits rows that are not there"),
@@ -329,6 +332,7 @@ def test_what_is_written_is_what_was_set() -> None:
 
 
 WORDS = st.text(st.characters(exclude_categories=["Cs", "Cc"]), min_size=1, max_size=12)
+CLASSES = st.lists(WORDS.filter(str.strip), min_size=2, max_size=3, unique=True)
 NUMBERS = st.floats(min_value=1e-12, max_value=1e6)
 TABLES = st.fixed_dictionaries(
     {
@@ -341,8 +345,7 @@ TABLES = st.fixed_dictionaries(
                 "test": WORDS,
                 "text": WORDS,
                 "label": WORDS,
-                "labels": st.lists(WORDS, min_size=2, max_size=3)
-                | st.dictionaries(st.integers(-3, 9), WORDS, min_size=1),
+                "labels": CLASSES | CLASSES.map(lambda words: dict(enumerate(words, start=-1))),
                 "system": WORDS,
                 "limit": st.fixed_dictionaries({}, optional={"train": st.integers(1), "seed": st.integers()}),
             },

@@ -365,7 +365,7 @@ class LocalCompleter:
         for _ in range(self.room(prompt, max_new_tokens)):
             with torch.inference_mode():
                 out = self.model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
-            cache = out.past_key_values
+            cache = getattr(out, "past_key_values", None)  # recurrent architectures have none of this kind
             logprobs_V = out.logits[0, -1].float().log_softmax(-1).cpu()
             token = _choose(logprobs_V, temperature, top_p, generator)
             top = logprobs_V.topk(num_top) if num_top else None
@@ -378,7 +378,7 @@ class LocalCompleter:
             yield Token(token, fresh, float(logprobs_V[token]), alternatives)
             if stops:
                 return
-            ids = torch.tensor([[token]], device=self.model.device)
+            ids = torch.tensor([[token] if cache is not None else [*prompt, *said]], device=self.model.device)
 
     def text(self, ids: Sequence[int]) -> str:
         """What generated ids say, up to a stop token. A character that has not got all its bytes is left out."""
@@ -433,6 +433,24 @@ class RemoteCompleter:
             temperature=0,
         )
         return reply.choices[0].message.content or ""
+
+
+def savable(settings: Any) -> Any:
+    """A model's generation settings in a form that Transformers agrees to save.
+
+    Some published models have a temperature without `do_sample`, or a penalty that only beams heed.
+    """
+    from transformers import GenerationConfig
+
+    for changed in ({}, {"do_sample": True}):
+        mended = GenerationConfig.from_dict(settings.to_dict() | changed)
+        try:
+            mended.validate(strict=True)
+        except ValueError:
+            continue
+        return mended
+    ends = {key: getattr(settings, key) for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    return GenerationConfig(**ends)
 
 
 def _choose(logprobs_V: Any, temperature: float, top_p: float, generator: Any) -> int:

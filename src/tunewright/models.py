@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import textwrap
 import warnings
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -66,11 +67,13 @@ def find(name: str, revision: str | None = None) -> ModelRef:
         ModelError: there is no such model, the hub cannot be reached, or it is not a causal language model.
     """
     source, kind = _locate(name)
+    if revision is not None and kind != "hub":
+        raise ModelError(f"model {name}: revision {revision!r} is for models of the hub, and this is a folder")
     config = _from_pretrained("AutoConfig", source, name, revision=revision if kind == "hub" else None)
     import torch
     from transformers import AutoModelForCausalLM
 
-    if kind != "hub" and not any(Path(source).glob("*.safetensors*")):
+    if kind != "hub" and not any(Path(source).glob("model*.safetensors")):
         raise ModelError(f"model {name}: the folder {source} holds no *.safetensors weights")
     try:
         with torch.device("meta"), quiet():
@@ -85,7 +88,7 @@ def find(name: str, revision: str | None = None) -> ModelRef:
         kind=kind,
         revision=getattr(config, "_commit_hash", None) or revision,
         architecture=type(skeleton).__name__,
-        context=getattr(config, "max_position_embeddings", None),
+        context=getattr(config.get_text_config(), "max_position_embeddings", None),
         vocab_size=config.get_text_config().vocab_size,
         parameters=sum(weight.numel() for weight in skeleton.parameters()),
     )
@@ -101,13 +104,18 @@ def load_tokenizer(ref: ModelRef) -> Any:
 
 
 def load_model(ref: ModelRef, *, device: str = "cpu") -> Any:
-    """The base's weights in float32 on `device`, in evaluation mode."""
+    """The base's weights in float32 on `device`, in evaluation mode.
+
+    Raises:
+        ModelError: the weights cannot be read, do not fit the config, or some are missing.
+    """
     import torch
 
-    with quiet():
-        model = _from_pretrained(
-            "AutoModelForCausalLM", ref.source, ref.name, revision=ref.revision, dtype=torch.float32
-        )
+    options = {"revision": ref.revision, "dtype": torch.float32, "output_loading_info": True}
+    model, info = _from_pretrained("AutoModelForCausalLM", ref.source, ref.name, **options)
+    if missing := sorted(info["missing_keys"]):  # Transformers would go on with random ones
+        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+        raise ModelError(f"model {ref.name}: the weights lack {missing[0]}{more}; they are not those of the config")
     return model.to(device).eval()
 
 
@@ -175,6 +183,8 @@ def quiet() -> Iterator[None]:
 
 def _locate(name: str) -> tuple[str, Literal["hub", "folder", "starter"]]:
     if name == "starter":
+        if not (starter.model_path() / "config.json").is_file():
+            raise ModelError("model starter: it is not part of this installation; make it with scripts/make_starter.py")
         return str(starter.model_path()), "starter"
     folder = Path(name).expanduser()
     if (folder / "config.json").is_file():
@@ -190,13 +200,20 @@ def _from_pretrained(kind: str, source: str, name: str, **options: Any) -> Any:
     """`transformers.<kind>.from_pretrained`, with the hub's failures explained."""
     import transformers
     from huggingface_hub import constants
+    from huggingface_hub.errors import StrictDataclassError
+    from safetensors import SafetensorError
 
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
     try:
         with quiet():
-            return getattr(transformers, kind).from_pretrained(source, **options)
-    except (OSError, ValueError) as error:
-        said = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+            # False, or a repository with code of its own has a person asked on the terminal whether to run it.
+            return getattr(transformers, kind).from_pretrained(source, trust_remote_code=False, **options)
+    except (OSError, ValueError, RuntimeError, SafetensorError, StrictDataclassError) as error:
+        if isinstance(error, RuntimeError) and "ignore_mismatched_sizes" not in str(error):
+            raise
+        said = textwrap.shorten(str(error), 200, placeholder=" ...") or type(error).__name__
+        if "ignore_mismatched_sizes" in str(error):
+            said = "its weights do not have the sizes that its config says"
         if Path(source).is_dir():
             raise ModelError(f"model {name}: cannot be read from {source}: {said}") from error
         if "is not a valid git identifier" in str(error):

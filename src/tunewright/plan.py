@@ -27,11 +27,11 @@ def estimate(recipe: Recipe, resolved: dict[str, Any]) -> dict[str, Any]:
     train = recipe.train
     splits = resolved["data"]
     parameters = resolved["model"]["parameters"]
-    rows = splits["train"]["used"]
-    per_step = train.batch_size * train.gradient_accumulation_steps
-    steps = train.max_steps if train.max_steps > 0 else math.ceil(math.ceil(rows / per_step) * train.epochs)
-    mean = splits["train"]["tokens"]["sum"] / rows
-    train_tokens = int(steps * per_step * mean)
+    sequences = splits["train"]["sequences"]
+    batches = sequences // train.batch_size if train.dataloader_drop_last else math.ceil(sequences / train.batch_size)
+    per_epoch = max(1, math.ceil(batches / train.gradient_accumulation_steps))
+    steps = train.max_steps if train.max_steps > 0 else math.ceil(per_epoch * train.epochs)
+    train_tokens = round(splits["train"]["tokens"]["sum"] * steps / per_epoch)
     test_tokens = splits["test"]["tokens"]["sum"]
     answers = 2 + ("few-shot" in recipe.baselines)
     flops = (4 if train.method == "lora" else 6) * parameters * train_tokens + 2 * parameters * test_tokens * answers
@@ -39,7 +39,7 @@ def estimate(recipe: Recipe, resolved: dict[str, Any]) -> dict[str, Any]:
     seconds = [round(START_S + flops / (speed * share)) for share in reversed(SHARE_OF_PEAK)]
     weights = 4 * parameters
     trained = weights if train.method == "full" else weights // 50
-    longest = splits["train"]["tokens"]["total"]["max"]
+    longest = min(splits["train"]["tokens"]["total"]["max"], resolved["max_length"])
     memory = weights + 3 * trained + train.batch_size * longest * (resolved["model"]["vocab_size"] // 8 + 4096) * 4
     checkpoints = (train.save_total_limit or 3) * (3 * trained)
     makes = ["run folder", "endpoint process on this machine"]

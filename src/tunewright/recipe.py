@@ -290,6 +290,8 @@ class Train(Section):
             raise ValueError("warmup_ratio and warmup_steps are both set; choose one")
         if self.bf16 and self.fp16:
             raise ValueError("bf16 and fp16 are both set; choose one")
+        if self.max_steps == 0:
+            raise ValueError("max_steps is 0; say how many, or -1 to leave it to epochs")
         for key in ("logging_steps", "eval_steps", "save_steps"):
             steps = getattr(self, key)
             if steps is not None and steps > 1 and steps != int(steps):

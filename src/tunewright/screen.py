@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import json
+import shlex
 import time
 from collections import defaultdict
 from collections.abc import Sequence
@@ -20,6 +22,7 @@ from rich.text import Text
 from tunewright import summary
 from tunewright.backends.base import Problem
 from tunewright.curves import plot_loss
+from tunewright.data import sources
 from tunewright.life import Checked, Outcome, Watcher
 from tunewright.run import STAGES, Run
 
@@ -104,16 +107,22 @@ def outcome(result: Outcome) -> None:
 def next_steps(run: Run) -> None:
     """Three commands to try after the demo."""
     endpoint = run.manifest("deploy")
-    body = f'{{"model": "{endpoint["model"]}", "messages": [{{"role": "user", "content": "My parcel never came."}}]}}'
+    text = run.manifest("evaluate")["examples"][0]["text"]
+    body = json.dumps({"model": endpoint["model"], "messages": [{"role": "user", "content": text}]})
+    where = sources.shown(run.path)
     err.print("\nThree things to try next:", style="bold")
-    err.print(f"  tunewright show {run.path}", markup=False)
+    err.print(f"  tunewright show {where}", markup=False)
     err.print(
         f"  curl {endpoint['base_url']}/chat/completions -H 'content-type: application/json' "
-        f"-H \"authorization: Bearer $(cat {run.key_file})\" -d '{body}'",
+        f'-H "authorization: Bearer $(cat {where}/deploy/key)" -d {shlex.quote(body)}',
         markup=False,
     )
     err.print("  tunewright init YOUR_FILE.csv && tunewright run recipe.yaml", markup=False)
-    err.print(f"The endpoint runs until `tunewright destroy {run.path}`.\n", markup=False)
+    err.print(
+        "(`. .venv/bin/activate` puts tunewright on your PATH.) "
+        f"The endpoint runs until `tunewright destroy {where}`.\n",
+        markup=False,
+    )
 
 
 def checked(found: Checked) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from typing import Any
 
 from tunewright.run import STAGES, Run, write_text
@@ -95,9 +96,9 @@ def write_readme(run: Run) -> None:
         "## Repeat and remove",
         "",
         "```sh",
-        f"tunewright run {run.recipe_file}    # again, on the same data",
-        f"tunewright show {run.path}",
-        f"tunewright destroy {run.path}    # stop the endpoint, unregister the model",
+        f"tunewright run {shlex.quote(str(run.recipe_file))}    # again, on the same data",
+        f"tunewright show {shlex.quote(str(run.path))}",
+        f"tunewright destroy {shlex.quote(str(run.path))}    # stop the endpoint, unregister the model",
         "```",
     ]
     write_text(run.readme_file, "\n".join(lines) + "\n")

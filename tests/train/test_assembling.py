@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -111,7 +112,7 @@ def test_a_long_text_is_cut_so_that_each_token_but_the_first_is_a_target_once(le
     targets = [token for piece in cut for token, flag in zip(piece.ids, piece.mask, strict=True) if flag]
     assert targets == whole.ids[1:]
     assert all(len(piece.ids) <= size for piece in cut)
-    assert all(later.ids[0] == earlier.ids[-1] for earlier, later in zip(cut, cut[1:], strict=False))
+    assert all(later.ids[0] == earlier.ids[-1] for earlier, later in itertools.pairwise(cut))
 
 
 def test_only_plain_text_is_cut_in_pieces(base: Path) -> None:

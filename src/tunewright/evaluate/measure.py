@@ -172,16 +172,15 @@ def _with_shots(
     answer = (
         sum(len(chat.encode(tokenizer, label)) + 2 for label in labels) if labels else recipe.evaluate.max_new_tokens
     )
-    shots = baselines.few_shot_prefix(
+    shots = baselines.few_shot(
         train, recipe.evaluate.few_shot, recipe.evaluate.seed, tokenizer=tokenizer, room=context - longest - answer
     )
-    run.event(
-        "evaluate", "few-shot", asked=recipe.evaluate.few_shot, shown=sum(one.role == "assistant" for one in shots)
-    )
+    run.event("evaluate", "few-shot", asked=recipe.evaluate.few_shot, shown=len(shots))
+    before = [message for shot in shots for message in shot]
 
     def shown(example: Example) -> Example:
         system = [message for message in example.messages[:1] if message.role == "system"]
-        return Example(example.id, example.source, (*system, *shots, *example.messages[len(system) :]), example.label)
+        return Example(example.id, example.source, (*system, *before, *example.messages[len(system) :]), example.label)
 
     return [shown(example) for example in test]
 

@@ -13,6 +13,7 @@ from tunewright import chat, models
 from tunewright.chat import Equipment, Example, Message
 from tunewright.data import prepare
 from tunewright.errors import DataError
+from tunewright.generate import savable
 from tunewright.models import ModelRef
 from tunewright.package import fidelity
 from tunewright.package.card import card
@@ -116,6 +117,7 @@ def _write_model(run: Run, recipe: Recipe, ref: ModelRef, tokenizer: Any, equipm
     fresh = run.package / ".model.new"
     shutil.rmtree(fresh, ignore_errors=True)
     model.config.pad_token_id = equipment.pad_id
+    model.generation_config = savable(model.generation_config)
     model.generation_config.eos_token_id = equipment.stop_ids
     model.generation_config.pad_token_id = equipment.pad_id
     with models.quiet():

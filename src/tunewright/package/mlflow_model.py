@@ -34,8 +34,8 @@ class TunedModel(mlflow.pyfunc.PythonModel):
         self.labels: list[str] | None = rendering["labels"]
         self.system: str | None = rendering["system"]
 
-    def predict(self, context, model_input, params=None):  # type: ignore[no-untyped-def]  # MLflow reads types as a schema
-        rows: list[dict[str, Any]] = pd.DataFrame(model_input).to_dict("records")
+    def predict(self, context: Any, model_input: pd.DataFrame, params: dict[str, Any] | None = None) -> pd.DataFrame:
+        rows: list[dict[str, Any]] = model_input.to_dict("records")
         prompts = [self._prompt(row) for row in rows]
         if self.labels is None:
             room: int = (params or {})["max_new_tokens"]

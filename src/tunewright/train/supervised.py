@@ -25,7 +25,7 @@ from tunewright import chat, models
 from tunewright.chat import Equipment
 from tunewright.data import prepare
 from tunewright.errors import DataError, RecipeError, StageError
-from tunewright.generate import LocalCompleter
+from tunewright.generate import LocalCompleter, savable
 from tunewright.models import ModelRef
 from tunewright.recipe import Recipe
 from tunewright.run import Run, append_json, write_json, write_text
@@ -280,7 +280,8 @@ def _trainable(recipe: Recipe, ref: ModelRef, tokenizer: Any, equipment: Equipme
     from peft import LoraConfig, get_peft_model
 
     lora = recipe.train.lora
-    targets = lora.target_modules if isinstance(lora.target_modules, str) else list(lora.target_modules)
+    named = [lora.target_modules] if isinstance(lora.target_modules, str) else list(lora.target_modules)
+    targets = "all-linear" if named == ["all-linear"] else named  # any other string PEFT would take as a pattern
     config = LoraConfig(
         task_type="CAUSAL_LM",
         r=lora.r,
@@ -328,6 +329,8 @@ def _arguments(recipe: Recipe, run: Run, device: str) -> TrainingArguments:
         "label_names": ["labels"],
         "prediction_loss_only": True,
     }
+    if train.fp16 and device == "cpu":
+        raise RecipeError("train: fp16 needs a GPU, and this machine has none; leave it out")
     try:
         arguments = TrainingArguments(**given)
     except (ValueError, ImportError) as error:
@@ -347,7 +350,10 @@ def write_weights(model: Any, folder: Path) -> None:
     """The weights that were trained: an adapter, or a whole model."""
     # Asked to decide for itself, PEFT looks the base up on the hub at every checkpoint. The rows of new tokens are the
     # adapter's own; the embeddings are the base's.
-    options = {"save_embedding_layers": False} if hasattr(model, "peft_config") else {}
+    adapter = hasattr(model, "peft_config")
+    options = {"save_embedding_layers": False} if adapter else {}
+    if not adapter:
+        model.generation_config = savable(model.generation_config)
     with models.quiet():
         model.save_pretrained(str(folder), **options)
     (folder / "README.md").unlink(missing_ok=True)  # PEFT's own empty card; ours is package/card.md
