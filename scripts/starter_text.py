@@ -1243,12 +1243,15 @@ PLAIN_FRAMES = lines("""
     Please {B.please}.
     (I am writing|this is) about {B.about}. {B.now}.
     Could you please {B.please}? {B.now}.
-    {B.now}. What can you do?
     {B.now}, so please {B.please}.
     ~It is about {B.about}: I would like to {B.want}.
+    ~My {relative} says I should write to you, because {B.now}.
+""")
+# Not for praise.
+ASKING_FRAMES = lines("""
+    {B.now}. What can you do?
     ~{B.now}. I have written {few} times already.
     ~How do I {B.want}?
-    ~My {relative} says I should write to you, because {B.now}.
 """)
 # A is any desk but praise, B any but praise.
 DENY_FRAMES = lines("""
@@ -2168,7 +2171,7 @@ def shop_message(
 
     other = ""
     if writer.chance(plain):
-        frames = PLAIN_FRAMES
+        frames = PLAIN_FRAMES if desk == "praise" else [*PLAIN_FRAMES, *ASKING_FRAMES]
     else:
         if desk != "praise" and writer.chance(0.2):
             other, frames = "praise", KIND_FRAMES
@@ -2244,48 +2247,138 @@ FOLLOW_UPS: list[tuple[str, str]] = [
 
 
 def shop_document(writer: Writer) -> Document:
-    """A customer's message alone, with an answer, or retold; never with the name of a desk as its label."""
+    """A customer's message alone, answered or talked about; never with the name of a desk as its label."""
     found = shop_message(writer, is_known, writer.pick(LABELS))
-    entry = DESKS[found.desk]
-    thing = writer.memory["thing#1"]
-    writer.begin(thing=thing, gadget=writer.memory["gadget#1"])
     kind = writer.random.random()
-    if kind < 0.15:
+    if kind < 0.08:
         return found.text
-    if kind < 0.33:
-        summary = writer.raw(writer.pick(entry.sum_up), thing=thing)
-        if writer.chance(0.5):
-            return f"{found.text}\n\n" + writer.say(
-                writer.pick(["In short, the customer ", "The customer ", "This customer "]) + summary + "."
-            )
-        question = writer.pick(
-            [
-                "What does the customer want?",
-                "Say it in a few words.",
-                "What is this message about?",
-                "Sum up the message.",
-            ]
-        )
-        first = f"{question}\n{found.text}" if writer.chance(0.5) else f"{found.text}\n{question}"
-        return [_user(first), _assistant(writer.say(f"The customer {summary}."))]
-    if kind < 0.43:
-        other = writer.pick([label for label in LABELS if label != found.desk])
-        right, wrong = writer.pick(entry.sum_up), writer.pick(DESKS[other].sum_up)
-        truth = writer.chance(0.5)
-        claim = writer.raw(right if truth else wrong, thing=thing)
-        return [
-            _user(f"{found.text}\nTrue or false: the customer {claim}."),
-            _assistant("True." if truth else writer.say("False. The customer " + writer.raw(right, thing=thing) + ".")),
-        ]
-    reply = writer.say(writer.pick(entry.reply))
-    if writer.chance(0.3):
-        reply = writer.say(writer.pick(["hello", "dear customer", "good morning", "hi"]) + ". ") + " " + reply
-    if kind < 0.55:
+    if kind < 0.18:
+        head = writer.pick(["In short, the customer ", "The customer ", "This customer "])
+        return f"{found.text}\n\n" + writer.say(head + _phrase(writer, found.desk, "sum_up") + ".")
+    if kind < 0.5:
+        return _reading(writer, found)
+    reply = _reply(writer, found)
+    if kind < 0.6:
         return writer.pick(["Customer: {}\nShop: {}", "Message: {}\nAnswer: {}", "{}\n\n{}"]).format(found.text, reply)
     messages = [_user(found.text), _assistant(reply)]
-    for question, answer in writer.random.sample(FOLLOW_UPS, writer.pick([0, 0, 0, 1, 1, 2])):
+    for question, answer in writer.random.sample(FOLLOW_UPS, writer.pick([0, 0, 0, 0, 1, 1, 2])):
         messages += [_user(writer.say(question)), _assistant(writer.say(answer))]
-    return [_system(writer.pick(SHOP_SYSTEMS)), *messages] if writer.chance(0.4) else messages
+    return [_system(writer.pick(SHOP_SYSTEMS)), *messages] if writer.chance(0.3) else messages
+
+
+def _reply(writer: Writer, found: ShopMessage) -> str:
+    """What the desk answers, mostly after it has said what it understood."""
+    entry = DESKS[found.desk]
+    reply = writer.raw(writer.pick(entry.reply), thing=writer.memory["thing#1"], gadget=writer.memory["gadget#1"])
+    kind = writer.random.random()
+    if kind < 0.3:
+        understood = writer.pick(["you want to", "so you want to", "I see, you want to", "you would like to"])
+        understood += f" {_said(writer, found, 'want', SECOND)}. "
+    elif kind < 0.5:
+        understood = writer.pick(
+            ["I see that", "you write that"] + (["how nice that"] if found.desk == "praise" else [])
+        )
+        understood += f" {_said(writer, found, 'now', SECOND)}. "
+    elif kind < 0.7 and found.other and DESKS[found.other].trouble:
+        here, there = _said(writer, found, "about", SECOND), _other(writer, found, "about", SECOND)
+        understood = writer.pick(
+            [f"so it is not about {there}, it is about {here}. ", f"about {here}, not about {there}. "]
+        )
+    elif kind < 0.7:
+        understood = f"this is about {_said(writer, found, 'about', SECOND)}. "
+    else:
+        understood = ""
+    greeting = writer.pick(["hello. ", "dear customer. ", "good morning. ", "hi. "]) if writer.chance(0.15) else ""
+    return tidy(greeting + understood + reply)
+
+
+def _reading(writer: Writer, found: ShopMessage) -> Document:
+    """Questions about a message, as two colleagues may ask each other."""
+    asked: list[tuple[str, str]] = []
+    wants = f"the customer {_phrase(writer, found.desk, 'sum_up')}"
+    asked.append((writer.pick(["What does the customer want?", "Sum it up.", "What is it about?"]), wants))
+    yes, no = _said(writer, found, "want", THIRD), _other(writer, found, "want", THIRD)
+    if writer.chance(0.5):
+        asked.append((f"Does the customer want to {yes}?", writer.pick(["yes", f"yes, the customer wants to {yes}"])))
+    else:
+        asked.append((f"Does the customer want to {no}?", writer.pick(["no", f"no, the customer wants to {yes}"])))
+    pair = [_said(writer, found, "about", THIRD), _other(writer, found, "about", THIRD)]
+    right = pair[0]
+    writer.random.shuffle(pair)
+    asked.append((f"Is it about {pair[0]} or about {pair[1]}?", f"about {right}"))
+    asked.append((writer.pick(["What should we do?", "What is to be done?"]), _said(writer, found, "please", THIRD)))
+    asked.append(
+        (writer.pick(["Please answer it.", "Write an answer.", "What do we write back?"]), _reply(writer, found))
+    )
+    writer.random.shuffle(asked)
+    asked = [(question, tidy(answer + ("" if answer[-1] in ".!?" else "."))) for question, answer in asked]
+    asked = asked[: writer.pick([1, 2, 2, 3])]
+    if writer.chance(0.2):
+        return found.text + "\n\n" + "\n".join(f"Question: {question}\nAnswer: {answer}" for question, answer in asked)
+    opening = writer.pick(["A customer writes: {}\n{}", "{}\n{}"]).format(found.text, asked[0][0])
+    messages = [_user(opening), _assistant(asked[0][1])]
+    for question, answer in asked[1:]:
+        messages += [_user(question), _assistant(answer)]
+    return messages
+
+
+def _phrase(writer: Writer, desk: str, field: str) -> str:
+    """A phrase of a desk that the base model may read."""
+    phrases: list[str] = getattr(DESKS[desk], field)
+    template = writer.pick([phrase for phrase in phrases if is_known(phrase)])
+    return writer.raw(template.lstrip("~"), thing=writer.memory["thing#1"])
+
+
+def _said(writer: Writer, found: ShopMessage, field: str, person: Person) -> str:
+    """The matter of a message as another person puts it: often in the same words, often in others."""
+    own = writer.memory[f"B.{field}"]
+    return person.says(own if writer.chance(0.5) else _phrase(writer, found.desk, field))
+
+
+def _other(writer: Writer, found: ShopMessage, field: str, person: Person) -> str:
+    """A matter that the message is not about; the one that it mentions, if there is one."""
+    if found.other and writer.chance(0.7):
+        return person.says(writer.memory[f"A.{field}"])
+    desk = found.other or writer.pick([label for label in LABELS if label != found.desk])
+    return person.says(_phrase(writer, desk, field))
+
+
+@dataclass(frozen=True)
+class Person:
+    """Turns what a customer says into what somebody else says of the customer."""
+
+    subject: str
+    object: str
+    possessive: str
+    shop: tuple[str, str, str]
+
+    def says(self, text: str) -> str:
+        """The text with its pronouns changed."""
+        said: list[str] = []
+        found = text.split(" ")
+        for number, word in enumerate(found):
+            before = found[number - 1] if number else ""
+            after = found[number + 1] if number + 1 < len(found) else ""
+            if word in ("I", "we"):
+                said.append(self.subject)
+            elif word in ("me", "us"):
+                said.append(self.object)
+            elif word in ("my", "our"):
+                said.append(self.possessive)
+            elif word in ("am", "was") and before == "I":
+                said.append("are" if word == "am" else "were")
+            elif word == "you":
+                said.append(self.shop[0] if after in SHOP_VERBS else self.shop[1])
+            elif word == "your":
+                said.append(self.shop[2])
+            else:
+                said.append(word)
+        return " ".join(said)
+
+
+SECOND = Person("you", "you", "your", ("we", "us", "our"))
+THIRD = Person("they", "them", "their", ("we", "us", "our"))
+SHOP_VERBS = set(words("sent took have made closed helped used could sorted turned"))
 
 
 def desk_document(writer: Writer) -> Document:
@@ -3044,7 +3137,7 @@ def note_document(writer: Writer) -> Document:
 # --------------------------------------------------------------------------------------------------------------------
 
 KINDS = ["review", "shop", "desk", "booking", "fact", "choice", "how-to", "story", "talk", "note"]
-SHARES = [18, 30, 6, 4, 9, 10, 6, 9, 4, 4]
+SHARES = [13, 52, 5, 2, 7, 9, 3, 4, 3, 2]
 
 
 def document(writer: Writer) -> tuple[str, Document]:

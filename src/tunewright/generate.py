@@ -209,9 +209,8 @@ class LocalCompleter:
             sees_BTT[row, padding, padding] = True  # a row of the mask must not be empty
             keep_BT[row, length - 1] = True
             keep_BT[row, longest:] = True
-        dtype = (
-            self.model.dtype
-        )  # numbers to add, not truth values: an attention without a kernel adds what it is given
+        # Numbers to add, not truth values: an attention without a kernel adds what it is given.
+        dtype = self.model.dtype
         mask_BTT = torch.zeros(sees_BTT.shape, dtype=dtype).masked_fill_(~sees_BTT, torch.finfo(dtype).min)
         with torch.no_grad():
             logits = self.model(

@@ -86,7 +86,7 @@ def find(name: str, revision: str | None = None) -> ModelRef:
         name=name,
         source=source,
         kind=kind,
-        revision=getattr(config, "_commit_hash", None) or revision,
+        revision=_commit(source, revision) if kind == "hub" else None,
         architecture=type(skeleton).__name__,
         context=getattr(config.get_text_config(), "max_position_embeddings", None),
         vocab_size=config.get_text_config().vocab_size,
@@ -194,6 +194,14 @@ def _locate(name: str) -> tuple[str, Literal["hub", "folder", "starter"]]:
     if folder.is_absolute() or name.startswith(("./", "../", "~")) or name.count("/") > 1:
         raise ModelError(f"model {name}: no such folder")
     return name, "hub"
+
+
+def _commit(name: str, revision: str | None) -> str | None:
+    """The commit that the config in the hub's cache, where it was just read from, is of."""
+    from huggingface_hub import try_to_load_from_cache
+
+    path = try_to_load_from_cache(name, "config.json", revision=revision)
+    return Path(path).parent.name if isinstance(path, str) else revision
 
 
 def _from_pretrained(kind: str, source: str, name: str, **options: Any) -> Any:

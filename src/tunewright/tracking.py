@@ -241,7 +241,7 @@ def _experiment(client: Any, settings: dict[str, Any]) -> str:
         local = settings["uri"].startswith(SQLITE)
         place = Path(settings["uri"].removeprefix(SQLITE)).parent / "mlartifacts" if local else None
         try:
-            made: str = client.create_experiment(name, artifact_location=str(place) if place else None)
+            made: str = client.create_experiment(name, artifact_location=place.as_uri() if place else None)
             return made
         except MlflowException as error:
             if error.error_code != "RESOURCE_ALREADY_EXISTS":

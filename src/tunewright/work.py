@@ -16,7 +16,7 @@ import traceback
 from collections.abc import Callable
 from pathlib import Path
 
-from tunewright.errors import FAULT, INTERRUPTED, StageError, explained
+from tunewright.errors import FAULT, INTERRUPTED, DiskFullError, StageError, explained
 from tunewright.run import Run, write_json
 
 
@@ -28,7 +28,6 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--host", default="127.0.0.1")
     parser.add_argument("--port", type=int, default=0)
     given = parser.parse_args(arguments)
-    faulthandler.enable()
     run = Run.open(given.run)
     stage: str = "deploy" if given.stage == "serve" else given.stage
     run.lock_file(stage).parent.mkdir(exist_ok=True)
@@ -37,6 +36,7 @@ def main(arguments: list[str] | None = None) -> int:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         print(f"another process works on {stage} of {run.id}", file=sys.stderr)
+        os.close(lock)
         return FAULT
     try:
         if given.stage == "serve":
@@ -45,7 +45,7 @@ def main(arguments: list[str] | None = None) -> int:
             STAGES[given.stage](run)
     except (InterruptedError, KeyboardInterrupt) as error:
         print(f"stopped: {error}", file=sys.stderr)
-        write_json(run.failure_file(stage), {"kind": "Interrupted", "message": str(error) or "stopped"})
+        _report(run, stage, "Interrupted", str(error) or "stopped")
         return INTERRUPTED
     except Exception as error:  # noqa: BLE001 - the edge of the process: everything is reported, nothing is hidden
         traceback.print_exc()
@@ -53,9 +53,19 @@ def main(arguments: list[str] | None = None) -> int:
         if known is None:
             said = f"{type(error).__name__}: {error}".splitlines()[0]
             known = StageError(f"{stage} failed: {said}; the traceback is in {run.log_file(stage)}")
-        write_json(run.failure_file(stage), {"kind": type(known).__name__, "message": str(known)})
+        _report(run, stage, type(known).__name__, str(known))
         return known.exit_code
+    finally:
+        os.close(lock)
     return 0
+
+
+def _report(run: Run, stage: str, kind: str, message: str) -> None:
+    """What the backend tells whoever asked; where the disk is full, the log alone has it."""
+    try:
+        write_json(run.failure_file(stage), {"kind": kind, "message": message})
+    except DiskFullError:
+        print(message, file=sys.stderr)
 
 
 def prepare(run: Run) -> None:
@@ -128,5 +138,6 @@ def _flat(tree: dict[str, object], prefix: str = "") -> dict[str, object]:
 
 
 if __name__ == "__main__":
+    faulthandler.enable()
     signal.signal(signal.SIGINT, signal.default_int_handler)
     sys.exit(main())

@@ -288,7 +288,7 @@ def _limits(
     """For each label, how long its rows may be: every label is scored behind every prompt, so the longest must fit
     into the context there."""
     lengths = {label: len(chat.render_answer(tokenizer, equipment, label)) for label in labels}
-    longest = max(lengths.values(), default=0)
+    longest = max((length for length in lengths.values() if length <= max_length), default=0)
     context = ref.context or max_length + longest
     return {label: min(max_length, context - longest + length) for label, length in lengths.items()}
 
