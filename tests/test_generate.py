@@ -336,12 +336,12 @@ def test_a_seed_repeats_an_answer_and_another_seed_does_not(real: LocalCompleter
     prompt = chat.render_prompt(real.tokenizer, [Message("user", "fine")])
 
     def drawn(seed: int | None) -> list[int]:
-        return [token.id for token in streamed(real, prompt, max_new_tokens=12, temperature=2.0, seed=seed)]
+        return [token.id for token in streamed(real, prompt, max_new_tokens=12, temperature=9.0, seed=seed)]
 
     state = torch.get_rng_state()
     assert drawn(1) == drawn(1)
     assert len({tuple(drawn(seed)) for seed in range(5)}) > 1
-    assert drawn(None) != drawn(None)
+    assert len({tuple(drawn(None)) for _ in range(5)}) > 1
     assert torch.equal(torch.get_rng_state(), state), "sampling must not touch the process's own generator"
 
 

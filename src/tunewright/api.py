@@ -77,6 +77,17 @@ class Life:
     def test(self, *, watcher: Watcher | None = None) -> Outcome:
         return self.run(until="test", watcher=watcher)
 
+    def forget(self, stage: str) -> None:
+        """Make a stage and all after it undone, so that the next verb does them again; what still runs is stopped."""
+        run, backend = self.folder, backends.backend(self.recipe)
+        with run.lock():
+            for later in STAGES[STAGES.index(stage) :]:
+                if later in backends.STAGES:
+                    backend.cancel(backends.Job(later, "0"), run)
+            if isinstance(backend, backends.Serves):
+                backend.undeploy(run)
+            run.reset(stage)
+
     def show(self) -> dict[str, Any]:
         """What is known about the run."""
         known = summary.facts(self.folder)
@@ -108,8 +119,10 @@ def open(
     folder = next((one for one in (given, runs / given) if (one / "state.json").is_file()), None)
     if folder is not None or given.is_dir():
         run = Run.open(folder or given)
-        if overrides:
-            raise RunError(f"{path}: --set is for recipes; this run's recipe is settled. Start a new run from a recipe")
+        if overrides or resume is False:
+            raise RunError(
+                f"{path}: this run's recipe is settled; --set and --fresh are for recipes, which start new runs"
+            )
         return Life(run.recipe(), run.path.parent, run=run)
     recipe = recipes.load(given, overrides)
     return Life(life.located(recipe, given.absolute().parent), runs, resume=resume)

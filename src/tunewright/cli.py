@@ -94,12 +94,13 @@ def init(
     """Write a recipe for your data."""
     from tunewright import recipe
     from tunewright.data import guess
+    from tunewright.run import write_text
 
     if output.exists() and not force:
         raise errors.RecipeError(f"{output}: is there already; --force replaces it, --output names another")
     text = guess.recipe_for(data, model=model, name=name, test=test)
     recipe.loads(text, str(output))
-    output.write_text(text)
+    write_text(output, text)
     _say(text)
     _say(f"next: tunewright check {output}, then tunewright run {output}")
     print(output)
@@ -197,7 +198,10 @@ def destroy(
     files: Annotated[bool, typer.Option("--files", help="Remove the run folder too.")] = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Stop the endpoint, remove the registered model, end the MLflow run. The run folder stays unless --files."""
+    """Stop the endpoint, remove the registered model, end the MLflow run.
+
+    The run folder stays unless --files; MLflow keeps the run's record as the history.
+    """
     removed = _open_run(run, runs).destroy(files=files)
     if as_json:
         print(json.dumps([one.__dict__ for one in removed], indent=1))
@@ -275,7 +279,7 @@ def _stage(
         if not again:
             _say(f"{stage} is done already; --again does it again")
         else:
-            life.folder.reset(stage)
+            life.forget(stage)
     _advance(life, stage, verdict_counts=verdict_counts)
 
 

@@ -8,10 +8,15 @@ from collections.abc import Callable
 from typing import Any
 
 from tunewright.backends.base import Backend, Serves
-from tunewright.errors import EndpointError, RecipeError
+from tunewright.errors import EndpointError, RecipeError, StageError
+from tunewright.recipe import Recipe
 from tunewright.run import Run, now, read_json_lines, write_json
 
 SHOWN = 5
+SHORT_TEXT, SHORT_ANSWER = 60, 16
+"""Characters sent and tokens asked for where the model learnt plain text: does it answer at all?"""
+TIE = 1e-4
+"""Probabilities nearer than this are a tie."""
 
 
 def deploy(run: Run, backend: Backend) -> dict[str, Any]:
@@ -32,11 +37,12 @@ def deploy(run: Run, backend: Backend) -> dict[str, Any]:
 def test(run: Run, backend: Backend, *, progress: Callable[[int, int], None] | None = None) -> dict[str, Any]:
     """Ask the endpoint by the openai SDK what it was asked offline; gives what deploy/test.json says.
 
-    A classifier's answers must equal the offline predictions on every row. Text is compared and the share of equal
-    answers written down, since other batch shapes may round a tie the other way.
+    A classifier's answers must equal the offline predictions on every row; exact ties are counted apart, since another
+    batch shape may round them the other way. Text is compared, and the share of equal answers written down.
 
     Raises:
-        EndpointError: it does not answer, or a classifier answers otherwise than it did offline.
+        EndpointError: it serves another model.
+        StageError: it does not answer, or a classifier answers otherwise than it did offline.
     """
     import openai
 
@@ -54,32 +60,41 @@ def test(run: Run, backend: Backend, *, progress: Callable[[int, int], None] | N
     names = [model.id for model in client.models.list()]
     if endpoint["model"] not in names:
         raise EndpointError(f"{endpoint['base_url']} serves {', '.join(names)}, not {endpoint['model']}")
-    latencies, differ, compared, tokens = [], [], 0, 0
+    latencies, differ, ties, compared, tokens = [], [], 0, 0, 0
     for number, row in enumerate(rows, start=1):
-        messages = row["messages"][:-1] if "messages" in row else [{"role": "user", "content": row["text"][:200]}]
+        known = offline.get(row["id"], {})
         began = time.perf_counter()
-        reply = client.chat.completions.create(
-            model=endpoint["model"],
-            messages=[{"role": one["role"], "content": one["content"]} for one in messages],
-            max_tokens=recipe.evaluate.max_new_tokens,
-            temperature=0,
-        )
+        try:
+            reply = client.chat.completions.create(
+                model=endpoint["model"],
+                messages=_question(row),
+                max_tokens=_room(recipe, run, known),
+                temperature=0,
+            )
+        except openai.OpenAIError as error:
+            raise StageError(
+                f"the endpoint did not answer test row {row['id']}: {error}; its log is {run.log_file('deploy')}"
+            ) from error
         latencies.append(time.perf_counter() - began)
         tokens += reply.usage.completion_tokens if reply.usage else 0
         answer = reply.choices[0].message.content or ""
-        if row["id"] in offline:
+        if "prediction" in known:
             compared += 1
-            if answer != offline[row["id"]]:
-                differ.append({"id": row["id"], "endpoint": answer, "offline": offline[row["id"]]})
+            if answer != known["prediction"] and _is_tie(known):
+                ties += 1
+            elif answer != known["prediction"]:
+                differ.append({"id": row["id"], "endpoint": answer, "offline": known["prediction"]})
         if progress:
             progress(number, len(rows))
+    client.close()
     latencies.sort()
     result = {
         "at": now(),
         "endpoint": endpoint["base_url"],
         "rows": len(rows),
         "compared": compared,
-        "equal": compared - len(differ),
+        "equal": compared - len(differ) - ties,
+        "ties": ties,
         "differ": differ,
         "latency_s": {
             "median": statistics.median(latencies),
@@ -91,17 +106,37 @@ def test(run: Run, backend: Backend, *, progress: Callable[[int, int], None] | N
     if differ and recipe.task == "classification":
         shown = "; ".join(f"{one['id']}: {one['endpoint']!r}, offline {one['offline']!r}" for one in differ[:SHOWN])
         write_json(run.manifest_file("test").with_name("test-failed.json"), result)
-        raise EndpointError(f"the endpoint answers otherwise than offline on {len(differ)} of {compared} rows: {shown}")
+        raise StageError(f"the endpoint answers otherwise than offline on {len(differ)} of {compared} rows: {shown}")
     write_json(run.manifest_file("test"), result)
     return result
 
 
-def _offline(run: Run) -> dict[str, str]:
-    """Test row id -> what the tuned model answered in evaluation."""
+def _question(row: dict[str, Any]) -> Any:
+    """A prepared row's prompt; of plain text its beginning."""
+    if "messages" not in row:
+        return [{"role": "user", "content": row["text"][:SHORT_TEXT]}]
+    return [{"role": one["role"], "content": one["content"]} for one in row["messages"][:-1]]
+
+
+def _room(recipe: Recipe, run: Run, known: dict[str, Any]) -> int | None:
+    """Tokens to ask for: what evaluation had room for. A classifier's answer is as long as its label."""
+    if recipe.task == "classification":
+        return None
+    if recipe.task == "pretraining":
+        return SHORT_ANSWER
+    context = run.resolved()["model"]["context"] or recipe.evaluate.max_new_tokens + known["prompt_tokens"]
+    return int(max(1, min(recipe.evaluate.max_new_tokens, context - known["prompt_tokens"])))
+
+
+def _is_tie(known: dict[str, Any]) -> bool:
+    """Whether the two best classes are so near that rounding in another batch shape may swap them."""
+    best = sorted(known.get("probabilities") or [], reverse=True)
+    return len(best) > 1 and best[0] - best[1] < TIE
+
+
+def _offline(run: Run) -> dict[str, dict[str, Any]]:
+    """Test row id -> what the tuned model answered in evaluation, column by column."""
     from pyarrow import parquet
 
     table = parquet.read_table(run.predictions_file)
-    if "prediction" not in table.column_names:
-        return {}
-    columns = (table[name].to_pylist() for name in ("model", "id", "prediction"))
-    return {row: said for model, row, said in zip(*columns, strict=True) if model == "tuned"}
+    return {row["id"]: row for row in table.to_pylist() if row["model"] == "tuned"}

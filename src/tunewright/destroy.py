@@ -35,23 +35,23 @@ def destroy(run: Run, backend: Backend, *, files: bool = False) -> list[Removed]
     Processes are stopped, the registered model version is removed, the MLflow run is ended (its record stays, as the
     history). `files` removes the run folder too.
     """
-    removed = []
-    for resource in standing(run, backend):
-        removed.append(_remove(run, backend, resource))
-        if resource.entry:
-            run.gone(resource.entry)
-    if run.manifest_file("check").is_file() and tracking.end(run):
-        removed.append(Removed("mlflow-run", run.id, "ended"))
-    run.manifest_file("deploy").unlink(missing_ok=True)
-    if run.manifest_file("test").is_file():
-        run.manifest_file("test").replace(run.last_test_file)  # what was measured is kept; the endpoint is not there
-    run.mark_destroyed()
-    for path in (run.key_file, run.test_key_file, *(run.job_file(stage) for stage in STAGES)):
-        path.unlink(missing_ok=True)
-    run.event("run", "destroyed", removed=[f"{one.kind} {one.name}: {one.what}" for one in removed])
-    if files:
-        shutil.rmtree(run.path)
-        removed.append(Removed("folder", str(run.path), "removed"))
+    with run.lock():
+        removed = []
+        # What answers and costs goes first, so that a tracking server that is away cannot keep it alive.
+        for resource in sorted(standing(run, backend), key=lambda one: one.kind != "process"):
+            removed.append(_remove(run, backend, resource))
+            if resource.entry:
+                run.gone(resource.entry)
+        if run.manifest_file("check").is_file() and tracking.end(run):
+            removed.append(Removed("mlflow-run", run.id, "ended"))
+        run.reset("deploy")
+        run.mark_destroyed()
+        for path in (run.key_file, run.test_key_file, *(run.job_file(stage) for stage in STAGES)):
+            path.unlink(missing_ok=True)
+        run.event("run", "destroyed", removed=[f"{one.kind} {one.name}: {one.what}" for one in removed])
+        if files:
+            shutil.rmtree(run.path)
+            removed.append(Removed("folder", str(run.path), "removed"))
     return removed
 
 

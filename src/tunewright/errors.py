@@ -23,6 +23,8 @@ FAULT = 1
 BAD_INPUT = 2
 NOT_BETTER = 3
 INTERRUPTED = 130
+NOT_OURS = (errno.ENOENT, errno.EACCES, errno.EPERM, errno.EISDIR, errno.ENOTDIR, errno.ENAMETOOLONG, errno.EROFS)
+"""What the system says of a path that a person gave and that cannot be read or written."""
 
 
 class TunewrightError(Exception):
@@ -78,6 +80,8 @@ def explained(error: BaseException) -> TunewrightError | None:
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         where = f"{error.filename}: " if error.filename else ""
         return DiskFullError(f"{where}no space left on the disk; free some and run the same command again")
+    if isinstance(error, OSError) and error.filename and error.errno in NOT_OURS:
+        return UserError(f"{error.filename}: {error.strerror}")
     if isinstance(error, RuntimeError) and "No space left on device" in str(error):  # safetensors, torch
         return DiskFullError("no space left on the disk; free some and run the same command again")
     return None

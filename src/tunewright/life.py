@@ -23,12 +23,12 @@ from typing import Any
 from tunewright import chat, deploy, errors, models, tracking
 from tunewright import run as run_folders
 from tunewright.backends import base as backends
-from tunewright.backends.base import Backend, Problem, Serves
+from tunewright.backends.base import Backend, Job, Problem, Serves
 from tunewright.data import prepare, sources
 from tunewright.data.prepare import Assembled
 from tunewright.errors import NOT_BETTER, RecipeError, RunError, StageError
 from tunewright.models import ModelRef
-from tunewright.plan import estimate
+from tunewright.plan import estimate, free_disk
 from tunewright.recipe import Recipe
 from tunewright.run import STAGES, Run, write_json
 from tunewright.summary import write_readme
@@ -143,6 +143,8 @@ def advance(run: Run, *, until: str = "test", watcher: Watcher | None = None) ->
         for stage in STAGES[: STAGES.index(until) + 1]:
             if run.status(stage) == "done" and not (stage == "deploy" and _fell(run, backend)):
                 continue
+            if stage == "deploy":
+                run.reset(stage)  # an endpoint that fell: neither it nor its test is done any more
             run.set_status(stage, "doing")
             watcher.started(run, stage)
             try:
@@ -196,7 +198,16 @@ def _do(stage: str, run: Run, recipe: Recipe, backend: Backend, watcher: Watcher
         case "check":
             _check(run, recipe, watcher)
         case "plan":
-            write_json(run.manifest_file("plan"), estimate(recipe, run.resolved()))
+            planned = estimate(recipe, run.resolved())
+            if planned["disk_bytes"] > (free := free_disk(run.path)):
+                watcher.problem(
+                    Problem(
+                        f"the run will take about {planned['disk_bytes'] / 1e9:.1f} GB of disk and {free / 1e9:.1f} GB "
+                        "are free here; free some, set train.save_total_limit lower, or use another --runs",
+                        "warning",
+                    )
+                )
+            write_json(run.manifest_file("plan"), planned)
         case "deploy":
             deploy.deploy(run, backend)
         case "test":
@@ -255,8 +266,9 @@ def resolve(recipe: Recipe, checked: Checked, runs: Path) -> dict[str, Any]:
 
 def _hand_over(stage: str, run: Run, backend: Backend, watcher: Watcher) -> None:
     """Ask the backend for a stage and look on until it is done."""
-    job = backend.submit(stage, run)
+    job = Job(stage, "0")
     try:
+        job = backend.submit(stage, run)
         while (status := backend.poll(job, run)).state == "running":
             if (seen := run.progress(stage)) is not None:
                 watcher.progress(run, stage, seen["done"], seen["total"], seen["note"])

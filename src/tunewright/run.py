@@ -15,6 +15,7 @@ import fcntl
 import json
 import os
 import secrets
+import shutil
 import tempfile
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -57,7 +58,7 @@ class Run:
         Raises:
             RunError: there is no run there, its state cannot be read, or a newer Tunewright wrote it.
         """
-        run = cls(Path(path).absolute())
+        run = cls(Path(path).resolve())
         if not run.state_file.is_file():
             raise RunError(f"{path}: not a run folder (no state.json); `tunewright runs` lists the ones there are")
         state = run.state()
@@ -234,9 +235,12 @@ class Run:
 
     def reset(self, stage: str) -> None:
         """Make a stage and all that follow it undone, by removing their manifests (their other files stay)."""
+        if STAGES.index(stage) <= STAGES.index("train"):
+            shutil.rmtree(self.checkpoints, ignore_errors=True)  # they are of the training that is to be forgotten
+        if self.manifest_file("test").is_file():
+            self.manifest_file("test").replace(self.last_test_file)
         for later in reversed(STAGES[STAGES.index(stage) :]):
             self.manifest_file(later).unlink(missing_ok=True)
-            self.job_file(later).unlink(missing_ok=True)
 
     def event(self, stage: str, what: str, **facts: Any) -> None:
         """Add one line to events.jsonl."""
@@ -317,7 +321,7 @@ def create(runs: Path, recipe: Recipe, *, sources: str = "") -> Run:
                 continue
     except OSError as error:
         raise _explained(error, runs, "cannot make a run folder") from None
-    run = Run(path.absolute())
+    run = Run(path.resolve())
     write_text(run.recipe_file, recipes.dump(recipe))
     state = {
         "format": FORMAT,

@@ -219,7 +219,11 @@ def runs(found: Sequence[dict[str, Any]], folder: Path) -> None:
     table = Table(Column("run", no_wrap=True), "model", "stage", "result", "endpoint", box=box.SIMPLE_HEAD)
     for one in found:
         comparison = one.get("comparison")
-        result = f"{comparison['verdict']}, {comparison['metric']} {comparison['tuned']:.3f}" if comparison else ""
+        result = (
+            f"{comparison['verdict']}, {comparison['metric']} {summary.number(comparison['tuned'])}"
+            if comparison
+            else ""
+        )
         table.add_row(
             Text(one["run"]),
             Text(one["model"].rpartition("/")[2]),
@@ -290,8 +294,8 @@ def _what(run: Run, stage: str) -> str:
             return f"{manifest['steps']} steps, {shown}, {manifest['trainable_parameters']:,} weights trained"
         case "evaluate":
             comparison = manifest["comparison"]
-            other = f"{comparison['baseline']} {comparison['baseline_value']:.3f}"
-            return f"{comparison['metric']} {comparison['tuned']:.3f}, {other}"
+            other = f"{comparison['baseline']} {summary.number(comparison['baseline_value'])}"
+            return f"{comparison['metric']} {summary.number(comparison['tuned'])}, {other}"
         case "package":
             size = sum(file["bytes"] for file in manifest["files"].values())
             return f"{len(manifest['files'])} files, {size / 1e6:.1f} MB" + (

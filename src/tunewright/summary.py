@@ -51,13 +51,19 @@ def facts(run: Run) -> dict[str, Any]:
 
 def sentence(comparison: dict[str, Any], rows: int | None = None) -> str:
     """The verdict in one line."""
-    low, high = comparison["interval"]
+    low, high = (number(end, "+.3f") for end in comparison["interval"])
     on = f" on {rows} test rows" if rows else ""
     return (
-        f"{comparison['verdict']}: {comparison['metric']} {comparison['tuned']:.3f} against {comparison['baseline']}'s "
-        f"{comparison['baseline_value']:.3f}{on} ({comparison['difference']:+.3f}, 95% interval {low:+.3f} to "
-        f"{high:+.3f}, p = {comparison['p_value']:.2g})"
+        f"{comparison['verdict']}: {comparison['metric']} {number(comparison['tuned'])} against "
+        f"{comparison['baseline']}'s {number(comparison['baseline_value'])}{on} "
+        f"({number(comparison['difference'], '+.3f')}, 95% interval {low} to {high}, "
+        f"p = {number(comparison['p_value'], '.2g')})"
     )
+
+
+def number(value: float | None, spec: str = ".3f") -> str:
+    """A number for a person; what was not a number stands in JSON as null."""
+    return "nan" if value is None else format(value, spec)
 
 
 def write_readme(run: Run) -> None:

@@ -29,12 +29,13 @@ training outlives a restart of the server. Where these variables are set, they c
 def settle(recipe_uri: str | None, runs: Path, environment: Mapping[str, str]) -> str:
     """The tracking URI of a run: the recipe's, else MLFLOW_TRACKING_URI, else SQLite in the runs folder.
 
-    A database file is named from the root, so that a stage that starts in another folder finds the same one.
+    A file or folder is named from the root, so that a stage that starts in another folder finds the same one.
     """
     given = recipe_uri or environment.get("MLFLOW_TRACKING_URI") or f"{SQLITE}{runs.absolute() / 'mlflow.db'}"
-    if not given.startswith(SQLITE):
-        return given
-    return f"{SQLITE}{Path(given.removeprefix(SQLITE)).absolute()}"
+    for scheme in (SQLITE, "file://", "file:"):
+        if given.startswith(scheme):
+            return f"{scheme}{Path(given.removeprefix(scheme)).absolute()}"
+    return given if ":" in given or given == "databricks" else str(Path(given).absolute())
 
 
 class Tracker:
@@ -176,15 +177,27 @@ def _reaching(uri: str) -> Iterator[None]:
 
 def end(run: Run) -> bool:
     """End this run's MLflow run if it is still running (a stage was killed); whether it was."""
-    if not run.tracking_file.is_file():
+    if not run.tracking_file.is_file() and not any(one["kind"] == "mlflow-run" for one in run.resources()):
         return False
-    run_id: str = read_json(run.tracking_file)["mlflow_run_id"]
     with _reaching(_uri(run)):
         client = _client(_uri(run))
-        running = _is_there(client, run_id) and client.get_run(run_id).info.status == "RUNNING"
+        run_id = _known_id(run, client)
+        running = run_id is not None and client.get_run(run_id).info.status == "RUNNING"
         if running:
             client.set_terminated(run_id, "KILLED")
     return running
+
+
+def _known_id(run: Run, client: Any) -> str | None:
+    """The id of this run's MLflow run, also where a kill came between making it and writing it down."""
+    if run.tracking_file.is_file():
+        known: str = read_json(run.tracking_file)["mlflow_run_id"]
+        return known if _is_there(client, known) else None
+    experiment = client.get_experiment_by_name(run.resolved()["tracking"]["experiment"])
+    if experiment is None:
+        return None
+    found = client.search_runs([experiment.experiment_id], f"tags.`tunewright.run` = '{run.id}'", max_results=1)
+    return str(found[0].info.run_id) if found else None
 
 
 def unregister(run: Run, name: str, version: str) -> None:

@@ -50,6 +50,7 @@ def test_it_loads_with_plain_transformers_and_no_warning(
     which: str, request: pytest.FixtureRequest, caplog: pytest.LogCaptureFixture
 ) -> None:
     run: Run = request.getfixturevalue(which)
+    caplog.clear()
     with caplog.at_level(logging.WARNING):
         model = AutoModelForCausalLM.from_pretrained(run.packaged_model)
         tokenizer = AutoTokenizer.from_pretrained(run.packaged_model)

@@ -6,6 +6,7 @@ again finds it and looks on. Ctrl-C does stop it, at the end of a step, with a c
 
 from __future__ import annotations
 
+import http.client
 import json
 import os
 import secrets
@@ -14,8 +15,8 @@ import socket
 import subprocess
 import sys
 import time
-import urllib.error
 import urllib.request
+from pathlib import Path
 from typing import Any, Literal
 
 import psutil
@@ -73,16 +74,11 @@ class LocalBackend:
                 )
             port = recipe.deploy.port
             if port and not _is_free(recipe.deploy.host, port):
-                problems.append(
-                    Problem(
-                        f"deploy.port: {port} on {recipe.deploy.host} is in use; set another, or leave it out for any "
-                        "free one"
-                    )
-                )
+                problems.append(Problem(_busy(recipe.deploy.host, port)))
         return problems
 
     def submit(self, stage: str, run: Run) -> Job:
-        alive = _process(run, stage)
+        alive = _process(run, stage) or _adopt(run, stage)
         if alive is None:
             run.failure_file(stage).unlink(missing_ok=True)
             run.progress_file(stage).unlink(missing_ok=True)
@@ -92,6 +88,8 @@ class LocalBackend:
     def poll(self, job: Job, run: Run) -> Status:
         if (process := _process(run, job.stage)) is not None and process.pid == int(job.id):
             return Status("running")
+        if (child := STARTED.pop(int(job.id), None)) is not None:
+            child.wait(CANCEL_S)  # it has ended; only its last threads are still leaving
         if run.manifest_file(job.stage).is_file():
             return Status("done")
         if run.failure_file(job.stage).is_file():
@@ -125,8 +123,10 @@ class LocalBackend:
     def remove(self, resource: Resource, run: Run) -> Literal["gone", "going"]:
         if resource.kind != "process":
             raise StageError(f"the local backend does not remove a {resource.kind}")
-        for process, stage in _processes_of(run):
-            if stage == resource.facts.get("stage"):
+        stage = resource.facts["stage"]
+        _stop(_process(run, stage))
+        for process, its_stage in _processes_of(run):
+            if its_stage == stage:
                 _stop(process)
         return "gone"
 
@@ -137,33 +137,41 @@ class LocalBackend:
             if self.serving(run):
                 return _endpoint(run, read_json(run.job_file("deploy")))
             _stop(alive)
+        for process, stage in _processes_of(run):
+            if stage == "deploy":
+                _stop(process)
         for left in run.resources():
             if left["kind"] == "process" and left["is"] != "gone":
                 run.gone(left["entry"])  # an endpoint that died, or that the machine's restart ended
         port = recipe.deploy.port or _free_port(host)
+        if not _is_free(host, port):
+            raise EndpointError(_busy(host, port))
         for key_file, prefix in ((run.key_file, "tw"), (run.test_key_file, "tw-test")):
             if not key_file.is_file():
                 write_text(key_file, f"{prefix}-{secrets.token_urlsafe(24)}\n", mode=0o600)
         run.failure_file("deploy").unlink(missing_ok=True)
         entry = run.intend("process", f"endpoint {recipe.endpoint_name}", stage="deploy", port=port)
-        base_url = f"http://{host}:{port}/v1"
+        base_url = f"http://{f'[{host}]' if ':' in host else host}:{port}/v1"
         words = ["serve", str(run.path), "--host", host, "--port", str(port)]
         process = self._start("deploy", run, words, base_url=base_url, entry=entry)
         run.made(entry, pid=process.pid, base_url=base_url)
+        job = read_json(run.job_file("deploy"))
         deadline = time.monotonic() + START_S
-        while not _answers(base_url):
-            if _process(run, "deploy") is None:
-                run.gone(entry)
-                raise _failure(run, "deploy")
-            if time.monotonic() > deadline:
-                _stop(process)
-                run.gone(entry)
-                raise StageError(f"the endpoint did not answer within {START_S} s; see {run.log_file('deploy')}")
-            time.sleep(0.1)
-        return _endpoint(run, read_json(run.job_file("deploy")))
+        try:
+            while not _answers(job):
+                if _process(run, "deploy") is None:
+                    raise _failure(run, "deploy")
+                if time.monotonic() > deadline:
+                    raise StageError(f"the endpoint did not answer within {START_S} s; see {run.log_file('deploy')}")
+                time.sleep(0.1)
+        except BaseException:  # Ctrl-C too: nothing half-started stays
+            self.undeploy(run)
+            run.gone(entry)
+            raise
+        return _endpoint(run, job)
 
     def serving(self, run: Run) -> bool:
-        return _process(run, "deploy") is not None and _answers(read_json(run.job_file("deploy"))["base_url"])
+        return _process(run, "deploy") is not None and _answers(read_json(run.job_file("deploy")))
 
     def undeploy(self, run: Run) -> None:
         _stop(_process(run, "deploy"))
@@ -214,14 +222,23 @@ def _process(run: Run, stage: str) -> psutil.Process | None:
     if not run.job_file(stage).is_file():
         return None
     job = read_json(run.job_file(stage))
-    if (child := STARTED.get(job["pid"])) is not None and child.poll() is not None:
-        del STARTED[job["pid"]]
+    if (child := STARTED.get(job["pid"])) is not None:
+        child.poll()
     try:
         process = psutil.Process(job["pid"])
-        same = abs(process.create_time() - job["created"]) < 0.01
+        same = abs(process.create_time() - job["created"]) < 2  # the clock behind it may be set a little
         return process if same and process.status() != psutil.STATUS_ZOMBIE else None
     except psutil.NoSuchProcess:
         return None
+
+
+def _adopt(run: Run, stage: str) -> psutil.Process | None:
+    """A process of this stage that no job file names: the command was killed just after it had started it."""
+    for process, its_stage in _processes_of(run):
+        if its_stage == stage and process.pid != os.getpid():
+            write_json(run.job_file(stage), {"pid": process.pid, "created": process.create_time(), "stage": stage})
+            return process
+    return None
 
 
 def _processes_of(run: Run) -> list[tuple[psutil.Process, str]]:
@@ -229,7 +246,7 @@ def _processes_of(run: Run) -> list[tuple[psutil.Process, str]]:
     found = []
     for process in psutil.process_iter(["cmdline"]):
         words = process.info["cmdline"] or []
-        if "tunewright.work" in words and str(run.path) in words:
+        if "tunewright.work" in words and any(Path(word).resolve() == run.path.resolve() for word in words[-6:]):
             stage = words[words.index("tunewright.work") + 1]
             found.append((process, "deploy" if stage == "serve" else stage))
     return found
@@ -270,29 +287,40 @@ def _failure(run: Run, stage: str) -> errors.TunewrightError:
     return StageError(f"{stage} ended without saying why; see {run.log_file(stage)}")
 
 
-def _answers(base_url: str) -> bool:
+def _answers(job: dict[str, Any]) -> bool:
+    """Whether the endpoint of a job answers: that very process, not another that came to have its port."""
     try:
-        with DIRECT.open(f"{base_url.removesuffix('/v1')}/healthz", timeout=5) as reply:
-            return bool(json.load(reply)["status"] == "ok")
-    except (urllib.error.URLError, ConnectionError, TimeoutError, ValueError, KeyError):
+        with DIRECT.open(f"{job['base_url'].removesuffix('/v1')}/healthz", timeout=5) as reply:
+            said = json.load(reply)
+    except (OSError, http.client.HTTPException, ValueError):
         return False
+    return isinstance(said, dict) and said.get("pid") == job["pid"]
+
+
+def _busy(host: str, port: int) -> str:
+    return f"deploy.port: {port} on {host} is in use; set another, or leave it out for any free one"
 
 
 def _is_free(host: str, port: int) -> bool:
-    with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
+    try:
+        with _socket(host) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             probe.bind((host, port))
-        except OSError:
-            return False
+    except OSError:
+        return False
     return True
 
 
 def _free_port(host: str) -> int:
-    with socket.socket() as probe:
-        try:
+    try:
+        with _socket(host) as probe:
             probe.bind((host, 0))
-        except OSError as error:
-            raise EndpointError(f"deploy.host: {host} is not an address of this machine ({error.strerror})") from None
-        port: int = probe.getsockname()[1]
-        return port
+            port: int = probe.getsockname()[1]
+            return port
+    except OSError as error:
+        raise EndpointError(f"deploy.host: {host} is not an address of this machine ({error.strerror})") from None
+
+
+def _socket(host: str) -> socket.socket:
+    family, *_ = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)[0]
+    return socket.socket(family, socket.SOCK_STREAM)

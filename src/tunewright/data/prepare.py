@@ -265,7 +265,7 @@ def _labels(recipe: Recipe, table: Table, train: Sequence[Example]) -> list[str]
 
 
 def _natural(word: str) -> tuple[int, float, str]:
-    return (0, float(word), word) if word.lstrip("-").isdigit() else (1, 0.0, word)
+    return (0, float(word), word) if word.lstrip("-").isdecimal() else (1, 0.0, word)
 
 
 def _learnable(recipe: Recipe, table: Table, labels: list[str], counts: Counter[str | None]) -> list[str]:

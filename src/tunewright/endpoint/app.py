@@ -9,6 +9,7 @@ import asyncio
 import contextlib
 import hmac
 import logging
+import os
 import secrets
 import time
 from collections.abc import AsyncIterator, Callable, Coroutine, Mapping
@@ -73,7 +74,7 @@ def create_app(
 
     @app.get("/healthz")
     async def health() -> Response:
-        return JSONResponse({"status": "ok", "model": name})
+        return JSONResponse({"status": "ok", "model": name, "pid": os.getpid()})
 
     @app.get("/v1/models")
     async def list_models(request: Request) -> Response:

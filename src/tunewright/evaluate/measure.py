@@ -125,14 +125,16 @@ def _ask(
     losses = completer.losses(
         [_last_turn(tokenizer, example) for example in test], progress=lambda done, _: progress(done, steps)
     )
+    prompts = [chat.render_prompt(tokenizer, example.prompt) for example in test]
     said = completer.generate(
-        [chat.render_prompt(tokenizer, example.prompt) for example in test],
+        prompts,
         max_new_tokens=recipe.evaluate.max_new_tokens,
         progress=lambda done, _: progress(len(test) + done, steps),
     )
     truth = [example.answer for example in test]
     return {
         "prediction": said,
+        "prompt_tokens": [len(prompt) for prompt in prompts],
         "losses": losses,
         "exact_match": metrics.exact_match(said, truth),
         "rouge_l": metrics.rouge_l(said, truth),
@@ -305,7 +307,7 @@ def _write_predictions(run: Run, test: Sequence[Example], answers: Answers, labe
         if "losses" in said:
             columns["loss_sum"] = [loss for loss, _ in said["losses"]]
             columns["tokens"] = [count for _, count in said["losses"]]
-        for key in ("exact_match", "rouge_l"):
+        for key in ("prompt_tokens", "exact_match", "rouge_l"):
             if key in said:
                 columns[key] = said[key]
         frames.append(pd.DataFrame(columns))
