@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
@@ -129,6 +129,7 @@ def test_an_attention_without_a_kernel_gives_the_same_scores() -> None:
 
 
 @given(order=st.permutations(range(len(PROMPTS))), rows=st.integers(1, 4))
+@settings(max_examples=30)
 def test_scores_do_not_depend_on_order_or_batch(llama: Any, order: list[int], rows: int) -> None:
     tree = LabelTree.plant("abcde", LABELS)
     straight = completer_of(llama, batch_rows=1).score(PROMPTS, tree)

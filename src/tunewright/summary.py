@@ -57,8 +57,12 @@ def sentence(comparison: dict[str, Any], rows: int | None = None) -> str:
         f"{comparison['verdict']}: {comparison['metric']} {number(comparison['tuned'])} against "
         f"{comparison['baseline']}'s {number(comparison['baseline_value'])}{on} "
         f"({number(comparison['difference'], '+.3f')}, 95% interval {low} to {high}, "
-        f"p = {number(comparison['p_value'], '.2g')})"
+        f"{_p(comparison['p_value'])})"
     )
+
+
+def _p(value: float | None) -> str:
+    return "p < 1e-16" if value is not None and value < 1e-16 else f"p = {number(value, '.2g')}"
 
 
 def number(value: float | None, spec: str = ".3f") -> str:

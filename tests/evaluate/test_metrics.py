@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from rouge_score.rouge_scorer import RougeScorer
 from sklearn import metrics as theirs
@@ -20,6 +20,7 @@ rows = st.lists(st.tuples(st.sampled_from(LABELS), st.sampled_from(LABELS)), min
 
 
 @given(rows=rows)
+@settings(max_examples=30)
 def test_classification_equals_scikit_learn(rows: list[tuple[str, str]]) -> None:
     truth, predicted = [one for one, _ in rows], [other for _, other in rows]
     found = metrics.classification(truth, predicted, LABELS)
