@@ -87,7 +87,7 @@ def train(run: Run) -> None:
     from tunewright.train import supervised
 
     with tracking.attach(run) as tracker:
-        tracker.params(_flat(run.recipe().model_dump(mode="json")))
+        tracker.params(_flat(run.recipe().model_dump(mode="json", exclude={"tracking"})))
         tracker.params(
             {"base_model": run.resolved()["model"]["source"], "revision": run.resolved()["model"]["revision"]}
         )
