@@ -126,7 +126,7 @@ def streamed(chunks: Any, n: int = 1) -> list[tuple[str, str | None, list[Any]]]
 
 def test_health_needs_no_key(writer_url: str) -> None:
     reply = httpx2.get(f"{writer_url}/healthz")
-    assert reply.json() == {"status": "ok", "model": "tiny"}
+    assert reply.json() == {"status": "ok", "model": "tiny", "pid": os.getpid()}
 
 
 def test_the_model_is_listed_under_its_name(write: OpenAI, writer_run: Run) -> None:
