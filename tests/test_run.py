@@ -141,12 +141,13 @@ def test_a_stage_is_done_when_its_manifest_is_there_and_only_then(run: Run) -> N
 @pytest.mark.parametrize("stage", STAGES)
 def test_undoing_a_stage_undoes_those_behind_it_and_no_other(run: Run, stage: str) -> None:
     for each in STAGES:
-        write_json(run.manifest_file(each), {})
-        write_json(run.job_file(each), {})
+        write_json(run.manifest_file(each), {"stage": each})
+    (run.checkpoints / "checkpoint-5").mkdir(parents=True)
     run.reset(stage)
     place = STAGES.index(stage)
     assert [run.status(each) == "done" for each in STAGES] == [number < place for number in range(len(STAGES))]
-    assert [run.job_file(each).exists() for each in STAGES] == [number < place for number in range(len(STAGES))]
+    assert run.checkpoints.exists() == (place > STAGES.index("train"))
+    assert read_json(run.last_test_file) == {"stage": "test"}
     run.reset(stage)
 
 
@@ -342,7 +343,7 @@ def test_processes_that_append_at_once_lose_no_line(tmp_path: Path) -> None:
 from pathlib import Path
 from tunewright.run import append_json
 for number in range(200):
-    append_json(Path({str(path)!r}), {{"number": number, "text": "x" * 500}})
+    append_json(Path({str(path)!r}), {{"number": number, "text": "x" * 9000}})
 """
     processes = [subprocess.Popen([sys.executable, "-c", script]) for _ in range(2)]
     assert [process.wait(timeout=60) for process in processes] == [0, 0]

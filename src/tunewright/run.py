@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from tunewright import recipe as recipes
-from tunewright.errors import RunError, TunewrightError, explained
+from tunewright.errors import DiskFullError, RunError, TunewrightError, explained
 from tunewright.recipe import Recipe
 
 FORMAT = 1
@@ -374,11 +374,13 @@ def write_json_lines(path: Path, values: Iterable[Any]) -> None:
 
 
 def append_json(path: Path, value: Any, *, durable: bool = False) -> None:
-    """Add one JSON line to a file in a single write. A line that a kill left half-written is cut off first."""
+    """Add one JSON line to a file. A line that a kill left half-written is cut off first; the file is locked meanwhile,
+    since a line that another process is writing looks the same."""
     rest = memoryview((_json(value) + "\n").encode())
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with path.open("ab+", buffering=0) as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
             size = file.seek(0, os.SEEK_END)
             if size and os.pread(file.fileno(), 1, size - 1) != b"\n":
                 file.truncate(path.read_bytes().rfind(b"\n") + 1)
@@ -488,4 +490,5 @@ def _take(path: Path, run: Path) -> int:
 def _explained(error: OSError, path: Path, what: str) -> TunewrightError:
     if error.filename is None:
         error.filename = str(path)
-    return explained(error) or RunError(f"{path}: {what}: {error.strerror or error}")
+    known = explained(error)
+    return known if isinstance(known, DiskFullError) else RunError(f"{path}: {what}: {error.strerror or error}")
