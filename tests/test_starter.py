@@ -68,7 +68,7 @@ def test_the_model_has_learnt_english_better_than_the_same_words_in_disorder(tok
 
     def loss(text: str) -> float:
         ids = torch.tensor([tokenizer.encode("<|end|>" + text)])
-        return float(model(input_ids=ids, labels=ids).loss)
+        return float(model(input_ids=ids, labels=ids).loss.detach())
 
     assert loss("The screen is lovely, but the battery died in a week.") + 1 < loss(
         "Week but in lovely a, the screen battery the died is."
@@ -195,7 +195,7 @@ def test_every_template_can_be_read(make_starter: Any) -> None:
     for name, templates in text.LEXICON.items():
         for template in templates:
             writer.begin(thing="lamp", his="her")
-            assert writer.say(template), name
+            assert writer.say(template) or not template, name  # some words may be left out
     for _ in range(500):
         made = make_starter.render(text.document(writer)[1])
         assert "{" not in made
