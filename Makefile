@@ -22,7 +22,7 @@ test-slow: $(STAMP)
 	$(BIN)/python -m pytest -m slow --timeout=3600
 
 bench: $(STAMP)
-	$(BIN)/python -m bench
+	OMP_WAIT_POLICY=PASSIVE $(BIN)/python -W ignore -m bench
 
 check: $(STAMP)
 	$(BIN)/ruff check .
