@@ -2754,57 +2754,6 @@ def _more(writer: Writer) -> tuple[str, str]:
     return f"{first} has {one} {thing} and {second} has {two}. Who has fewer?", first if one < two else second
 
 
-def recall_document(writer: Writer) -> Document:
-    """Exercises in looking back: words said again, and small tables to look things up in."""
-    writer.begin()
-    kind = writer.random.random()
-    if kind < 0.55:
-        return _echo(writer)
-    return _lookup(writer)
-
-
-def _echo(writer: Writer) -> Document:
-    """Words or sentences, and the same again."""
-    if writer.chance(0.65):
-        said = [writer.pick(writer.pick(PLAIN_LISTS)) for _ in range(writer.pick([3, 5, 8, 12, 16, 20]))]
-        text = writer.pick([", ", " ", "\n"]).join(said)
-    else:
-        text = writer.say(" ".join(writer.pick(NOTES) for _ in range(writer.pick([1, 2]))))
-    if writer.chance(0.5):
-        return f"{text}\n{text}" if writer.chance(0.5) else f"{text}\nAgain:\n{text}\nAnd again:\n{text}"
-    return [
-        _user(writer.pick(["Say this again:", "Repeat:", "Copy this:", "Once more:"]) + f"\n{text}"),
-        _assistant(text),
-    ]
-
-
-def _lookup(writer: Writer) -> Document:
-    """Who has what, told once and asked in another order."""
-    names = writer.random.sample(LEXICON["girl"] + LEXICON["boy"], writer.pick([3, 4, 6, 8]))
-    sort = writer.pick(["thingy", "colour", "food", "town", "day", "pet", "fruit", "job"])
-    values = writer.random.sample(LEXICON[sort], min(len(names), len(LEXICON[sort])))
-    form, who, what = {
-        "thingy": ("{} has the {}", "Who has the {}?", "What does {} have?"),
-        "colour": ("{} likes {}", "Who likes {}?", "Which colour does {} like?"),
-        "food": ("{} eats {}", "Who eats {}?", "What does {} eat?"),
-        "town": ("{} lives in {}", "Who lives in {}?", "Where does {} live?"),
-        "day": ("{} comes on {}", "Who comes on {}?", "When does {} come?"),
-        "pet": ("{} has a {}", "Who has a {}?", "Which pet does {} have?"),
-        "fruit": ("{} brings the {}", "Who brings the {}?", "What does {} bring?"),
-        "job": ("{} is a {}", "Who is a {}?", "What is {}?"),
-    }[sort]
-    pairs = list(zip(names, values, strict=False))
-    note = _sentences([form.format(name, value) for name, value in pairs])
-    writer.random.shuffle(pairs)
-    asked = [(who.format(v), n) if writer.chance(0.5) else (what.format(n), v) for n, v in pairs]
-    if writer.chance(0.5):
-        return tidy(note + "\n" + "\n".join(f"{question} {answer}" for question, answer in asked))
-    messages = [_user(f"{note}\n{tidy(asked[0][0])}"), _assistant(asked[0][1])]
-    for question, answer in asked[1:]:
-        messages += [_user(tidy(question)), _assistant(answer)]
-    return messages
-
-
 # --------------------------------------------------------------------------------------------------------------------
 # How-to's
 # --------------------------------------------------------------------------------------------------------------------
@@ -3187,43 +3136,8 @@ def note_document(writer: Writer) -> Document:
 # What the script asks for
 # --------------------------------------------------------------------------------------------------------------------
 
-KINDS = ["review", "shop", "desk", "booking", "fact", "choice", "recall", "how-to", "story", "talk", "note"]
-SHARES = [12, 44, 4, 2, 6, 7, 15, 3, 3, 2, 2]
-PLAIN_LISTS = [
-    [word for word in LEXICON[name] if "{" not in word]
-    for name in (
-        *(
-            "girl",
-            "boy",
-            "surname",
-            "town",
-            "day",
-            "month",
-            "colour",
-            "material",
-            "weather",
-            "room",
-            "fruit",
-            "food",
-            "job",
-        ),
-        *(
-            "vegetable",
-            "drink",
-            "pet",
-            "beast",
-            "mood",
-            "goodadj",
-            "badadj",
-            "thingy",
-            "n",
-            "thing",
-            "part_any",
-            "order",
-        ),
-    )
-    if any("{" not in word for word in LEXICON[name])
-]
+KINDS = ["review", "shop", "desk", "booking", "fact", "choice", "how-to", "story", "talk", "note"]
+SHARES = [13, 52, 5, 2, 7, 9, 3, 4, 3, 2]
 
 
 def document(writer: Writer) -> tuple[str, Document]:
@@ -3236,7 +3150,6 @@ def document(writer: Writer) -> tuple[str, Document]:
         "booking": booking_document,
         "fact": fact_document,
         "choice": choice_document,
-        "recall": recall_document,
         "how-to": how_to_document,
         "story": story_document,
         "talk": talk_document,
