@@ -12,6 +12,7 @@ import random
 from pathlib import Path
 from typing import Any, Literal
 
+from tunewright import models
 from tunewright.backends.base import Job, Problem, Resource, Status
 from tunewright.errors import RecipeError
 from tunewright.recipe import Recipe
@@ -94,7 +95,7 @@ class FakeBackend:
 
 
 def tiny_model(folder: Path, *, context: int = 256, template: str | None = None, eos: bool = True) -> Path:
-    """A random Llama of about 50,000 weights and a byte-level tokenizer with 300 tokens, in `folder`.
+    """A random Llama of about 28,000 weights and a byte-level tokenizer with 300 tokens, in `folder`.
 
     Args:
         folder: made if it is not there.
@@ -137,8 +138,9 @@ def tiny_model(folder: Path, *, context: int = 256, template: str | None = None,
         pad_token_id=None,
     )
     folder.mkdir(parents=True, exist_ok=True)
-    LlamaForCausalLM(config).save_pretrained(str(folder))
-    wrapped.save_pretrained(str(folder))
+    with models.quiet():
+        LlamaForCausalLM(config).save_pretrained(str(folder))
+        wrapped.save_pretrained(str(folder))
     return folder
 
 
