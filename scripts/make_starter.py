@@ -444,11 +444,12 @@ occurs twice, not even with other capitals or punctuation. The labels have no no
 
 ## What the base model knows of it
 
-The base model in `../model` was pretrained on text of the same grammar, among it messages like these with the answers
-of a shop's help desk, but without any label. No test row's text is part of what it has read, and {unread} of the
-{len(test_rows)} test rows have a frame or a phrase that is nowhere in it. Still, that is friendlier than real life,
-where customers do not share a grammar with the pretraining text. Read the demo's result as a check that training
-works, not as a promise for your data.
+The base model in `../model` was pretrained on text of the same grammar. About half of that are messages like these,
+many with a help desk's answer or with questions that say what the customer wants ("Is it about the bill or about a late
+parcel?"). So it has read much about the task, in other words, but never a message with its label. No test row's
+text is part of what it has read, and {unread} of the {len(test_rows)} test rows have a frame or a phrase that is
+nowhere in it. Still, that is friendlier than real life, where customers do not share a grammar with the pretraining
+text. Read the demo's result as a check that training works, not as a promise for your data.
 
 Remake these files: `python scripts/make_starter.py --data-only --seed {seed}`.
 """
@@ -495,7 +496,7 @@ little stories, a few facts. **It knows almost nothing, makes things up, and is 
 | context | {config.max_position_embeddings:,} tokens |
 | tokenizer | byte-level BPE, {len(tokenizer):,} tokens, all 256 bytes; ends documents and turns with `{END}`; no bos |
 | chat | `{USER}...{END}{ASSISTANT}...{END}`, with `{SYSTEM}...{END}` in front if there is a system message |
-| seen | {trained.tokens:,} tokens in {trained.steps:,} steps, each text once |
+| seen | {trained.tokens:,} tokens in {trained.steps:,} steps, made anew for each step |
 | seed | {seed} |
 | made in | {minutes:.0f} minutes of one CPU thread ({"bfloat16" if schedule.bfloat16 else "float32"} arithmetic) |
 | licence | Apache-2.0 |
@@ -511,8 +512,13 @@ English, so these numbers say nothing about real English.
 
 ## What it has not read
 
-The rows of `../data/test.jsonl`, and the phrases that only they use. It has read unlabelled messages of the same kind,
-with the answers of a shop's help desk; see `../data/README.md`.
+The rows of `../data/test.jsonl`, and the phrases that only they use. It has read other messages of the same kind, with
+a help desk's answers and with questions about them that are answered; see `../data/README.md`.
+
+## What it has not learnt
+
+To look back. It knows well which words follow which, and little of what a text said before: people change their names
+within a story, and questions about a text are answered hardly better than by chance.
 
 ## Remake it
 
