@@ -48,7 +48,7 @@ class Life:
         return self.folder.manifest("evaluate")
 
     def check(self) -> Checked:
-        """Everything that would fail, found without training."""
+        """What is wrong with the backend's settings, the model and every row, found without training."""
         return life.check(self.recipe)
 
     def plan(self) -> dict[str, Any]:

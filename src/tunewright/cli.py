@@ -108,7 +108,7 @@ def init(
 
 @app.command()
 def check(recipe: RecipeOrRun, sets: SetOption = None, as_json: JsonOption = False) -> None:
-    """Find everything that would fail: the recipe, the model, every row of the data."""
+    """Find what is wrong with the recipe, the model and every row of the data, without training."""
     from tunewright import screen
 
     life = _open(recipe, RUNS, sets)
@@ -139,7 +139,12 @@ def run(
     until: Annotated[str, typer.Option(metavar="STAGE", help="The last stage to do.")] = "test",
     sets: SetOption = None,
     resume: ResumeOption = None,
-    yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask before spending money.")] = False,
+    yes: Annotated[
+        bool,
+        typer.Option(
+            "--yes", "-y", help="For scripts. Nothing that runs on this machine costs money, so nothing is asked."
+        ),
+    ] = False,
 ) -> None:
     """Take a recipe from data to a tested endpoint. The last line of standard output is the run folder's path."""
     from tunewright.run import STAGES
@@ -218,7 +223,12 @@ def list_runs(runs: RunsOption = RUNS, as_json: JsonOption = False) -> None:
     from tunewright import run as run_folders
     from tunewright import screen
 
-    found = [_open_run(one.path, runs).show() for one in run_folders.list_runs(runs)]
+    found = []
+    for one in run_folders.list_runs(runs):
+        try:
+            found.append(_open_run(one.path, runs).show())
+        except errors.TunewrightError as error:  # a run that cannot be read does not hide the others
+            _say(f"{one.path}: {error}")
     if as_json:
         print(json.dumps(found, indent=1))
     else:
@@ -254,7 +264,7 @@ def demo(
     from tunewright import screen, starter
 
     for earlier in run_folders.list_runs(runs):
-        if earlier.recipe().name == "demo" and not earlier.destroyed and earlier.status("test") == "done":
+        if earlier.id.startswith("demo-") and not earlier.destroyed and earlier.status("test") == "done":
             _open_run(earlier.path, runs).destroy()
     life = _open(starter.recipe_path(), runs, None, False if fresh else None)
     code = _advance(life, "test", verdict_counts=True, leave=False)

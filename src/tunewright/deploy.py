@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from tunewright.backends.base import Backend, Serves
@@ -57,7 +57,35 @@ def test(run: Run, backend: Backend, *, progress: Callable[[int, int], None] | N
         timeout=120,
         http_client=openai.DefaultHttpxClient(trust_env=False),
     )
-    names = [model.id for model in client.models.list()]
+    with client:
+        result = _ask(client, run, recipe, endpoint, rows, offline, progress)
+    if result["differ"] and recipe.task == "classification":
+        write_json(run.failed_test_file, result)
+        shown = "; ".join(
+            f"{one['id']}: {one['endpoint']!r}, offline {one['offline']!r}" for one in result["differ"][:SHOWN]
+        )
+        share = f"{len(result['differ'])} of {result['compared']} rows"
+        raise StageError(f"the endpoint answers otherwise than offline on {share}: {shown}")
+    write_json(run.manifest_file("test"), result)
+    return result
+
+
+def _ask(
+    client: Any,
+    run: Run,
+    recipe: Recipe,
+    endpoint: dict[str, Any],
+    rows: Sequence[dict[str, Any]],
+    offline: dict[str, dict[str, Any]],
+    progress: Callable[[int, int], None] | None,
+) -> dict[str, Any]:
+    """Every row's question over HTTP; what deploy/test.json says."""
+    import openai
+
+    try:
+        names = [model.id for model in client.models.list()]
+    except openai.OpenAIError as error:
+        raise StageError(f"{endpoint['base_url']} did not answer: {error}; see {run.log_file('deploy')}") from error
     if endpoint["model"] not in names:
         raise EndpointError(f"{endpoint['base_url']} serves {', '.join(names)}, not {endpoint['model']}")
     latencies, differ, ties, compared, tokens = [], [], 0, 0, 0
@@ -86,9 +114,8 @@ def test(run: Run, backend: Backend, *, progress: Callable[[int, int], None] | N
                 differ.append({"id": row["id"], "endpoint": answer, "offline": known["prediction"]})
         if progress:
             progress(number, len(rows))
-    client.close()
     latencies.sort()
-    result = {
+    return {
         "at": now(),
         "endpoint": endpoint["base_url"],
         "rows": len(rows),
@@ -103,12 +130,6 @@ def test(run: Run, backend: Backend, *, progress: Callable[[int, int], None] | N
         },
         "completion_tokens": tokens,
     }
-    if differ and recipe.task == "classification":
-        shown = "; ".join(f"{one['id']}: {one['endpoint']!r}, offline {one['offline']!r}" for one in differ[:SHOWN])
-        write_json(run.manifest_file("test").with_name("test-failed.json"), result)
-        raise StageError(f"the endpoint answers otherwise than offline on {len(differ)} of {compared} rows: {shown}")
-    write_json(run.manifest_file("test"), result)
-    return result
 
 
 def _question(row: dict[str, Any]) -> Any:

@@ -173,7 +173,7 @@ def verdict(run: Run) -> str | None:
 
 
 def check(recipe: Recipe, stages: Iterable[str] = STAGES) -> Checked:
-    """Everything that would fail, found without training: the backend's settings, the model, every row.
+    """What is wrong with the backend's settings, the model and every row, found without training.
 
     Problems are returned, not raised, so that a person sees them all.
     """

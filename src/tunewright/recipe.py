@@ -261,7 +261,6 @@ class Train(Section):
     logging_strategy: Literal["no", "steps", "epoch"] = "steps"
     logging_steps: float = Field(default=1, gt=0)
     logging_first_step: bool = False
-    logging_nan_inf_filter: bool = False
     eval_strategy: Literal["no", "steps", "epoch"] = "no"
     """When to measure the loss on `data.validation`."""
     eval_steps: float | None = Field(default=None, gt=0)
@@ -356,6 +355,7 @@ RENAMED = {
 """Keys of `train` that people bring from elsewhere, and what they are called here."""
 
 REFUSED = {
+    **dict.fromkeys(("logging_nan_inf_filter",), "a loss that is no number always stops training"),
     **dict.fromkeys(
         ("output_dir", "overwrite_output_dir", "run_name", "project", "resume_from_checkpoint"),
         "the run folder decides; see --runs and --resume",

@@ -123,6 +123,10 @@ class Run:
         return self.path / "package"
 
     @property
+    def card_file(self) -> Path:
+        return self.path / "package" / "card.md"
+
+    @property
     def packaged_model(self) -> Path:
         return self.path / "package" / "model"
 
@@ -146,6 +150,11 @@ class Run:
     def last_test_file(self) -> Path:
         """The test of an endpoint that is no longer there."""
         return self.path / "deploy" / "last-test.json"
+
+    @property
+    def failed_test_file(self) -> Path:
+        """A test in which the endpoint answered otherwise than offline."""
+        return self.path / "deploy" / "failed-test.json"
 
     @property
     def tracking_file(self) -> Path:

@@ -527,3 +527,27 @@ def test_pieces_cover_every_token_exactly_once(length: int, size: int) -> None:
     for before, after in itertools.pairwise(cut):
         assert after.ids[0] == before.ids[-1]
     assert len(cut) == prepare._num_pieces(length, size)
+
+
+def test_a_row_whose_only_turn_to_learn_the_template_rewrites_is_left_out_by_name(here: Path, tmp_path: Path) -> None:
+    template = (
+        "{%- for message in messages -%}{{- message['role'] + ':' -}}"
+        "{%- if message['role'] == 'assistant' and not loop.last -%}(earlier)"
+        "{%- else -%}{{- message['content'] -}}{%- endif -%}{{- '<|eos|>' -}}{%- endfor -%}"
+        "{%- if add_generation_prompt -%}{{- 'assistant:' -}}{%- endif -%}"
+    )
+    ref = models.find(str(tiny_model(tmp_path / "forgetful", template=template)))
+    tokenizer = models.load_tokenizer(ref)
+
+    def row(last_weight: int) -> dict[str, Any]:
+        turns = [("user", "a", 1), ("assistant", "b", 1), ("user", "c", 1), ("assistant", "d", last_weight)]
+        return {"messages": [{"role": role, "content": said, "weight": weight} for role, said, weight in turns]}
+
+    write(here / "train.jsonl", [row(1), row(0), row(1)])
+    write(here / "test.jsonl", [row(1)])
+    asked = recipe("chat", train="train.jsonl", test="test.jsonl")
+    found = prepare.assemble(asked, ref, tokenizer, chat.equip(tokenizer))
+    assert [(one.code, one.where, one.rejected) for one in found.findings if one.code != "seen_in_training"] == [
+        ("nothing_to_learn", "train.jsonl:2", True)
+    ]
+    assert found.splits["train"]["read"] == found.splits["train"]["used"] + found.splits["train"]["rejected"] == 3

@@ -40,7 +40,6 @@ CHANGED: dict[str, Any] = {
     "logging_strategy": "epoch",
     "logging_steps": 11,
     "logging_first_step": True,
-    "logging_nan_inf_filter": True,
     "eval_strategy": "steps",
     "eval_steps": 13,
     "eval_delay": 2,

@@ -344,6 +344,8 @@ def _fit(
         clipped = chat.clip(tokenizer, example, limit)
     except DataError as error:
         return leave_out("template", "error", str(error))
+    if not any(clipped.rendering.mask[1:]):
+        return leave_out("nothing_to_learn", "warning", "the chat template leaves no turn to learn: left out")
     if clipped.length <= limit:
         return example, clipped.rendering
     over = f"{clipped.length} tokens, {clipped.length - limit} over the limit of {limit}"

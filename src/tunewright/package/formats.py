@@ -67,7 +67,7 @@ def package(run: Run, tracker: Tracker) -> None:
         },
     )
     text = card(run, recipe)
-    write_text(run.package / "card.md", text)
+    write_text(run.card_file, text)
     write_text(run.packaged_model / "README.md", text)
     run.set_progress("package", 3, 5, "logging to MLflow")
     logged = _log(run, recipe, tracker, labels) if "mlflow" in recipe.package.formats and tracker.on else None

@@ -52,7 +52,7 @@ def fit(run: Run, tracker: Tracker) -> None:
     """Train what the recipe asks for, going on from the last whole checkpoint; train/manifest.json is written last.
 
     Raises:
-        DataError: no row has anything to learn from, or there are too few for one batch.
+        DataError: a row has nothing to learn from, or there are too few for one batch.
         RecipeError: `train` asks for something that cannot be done here or with this model.
         StageError: the loss is no longer a number.
         InterruptedError: the process was asked to stop; a checkpoint of the last step was written first.
@@ -265,10 +265,11 @@ class Watch(TrainerCallback):
 
 
 def _rows(run: Run, split: str, tokenizer: Any, max_length: int) -> Rows:
+    """The prepared rows; preparation left out, by name, those that there is nothing to learn from."""
     renderings = render_all(tokenizer, prepare.examples(run, split), max_length)
-    if not any(any(rendering.mask[1:]) for rendering in renderings):
-        raise DataError(f"{run.data_file(split)}: no row has a token to learn from; is the assistant's text empty?")
-    return Rows([rendering for rendering in renderings if any(rendering.mask[1:])])
+    if not all(any(rendering.mask[1:]) for rendering in renderings):
+        raise DataError(f"{run.data_file(split)}: a row has no token to learn from; prepare the data again")
+    return Rows(renderings)
 
 
 def _trainable(recipe: Recipe, ref: ModelRef, tokenizer: Any, equipment: Equipment, device: str) -> Any:
@@ -328,6 +329,7 @@ def _arguments(recipe: Recipe, run: Run, device: str) -> TrainingArguments:
         "remove_unused_columns": False,
         "label_names": ["labels"],
         "prediction_loss_only": True,
+        "logging_nan_inf_filter": False,
     }
     if train.fp16 and device == "cpu":
         raise RecipeError("train: fp16 needs a GPU, and this machine has none; leave it out")
