@@ -20,7 +20,7 @@ from tunewright import recipe as recipes
 from tunewright.errors import StageError, UserError
 from tunewright.run import Run, read_json
 from tunewright.testing import tiny_data, tiny_model
-from tunewright.train import supervised
+from tunewright.train import exact, supervised
 
 Begin = Callable[..., Run]
 
@@ -85,7 +85,7 @@ def logged(run: Run, metric: str) -> list[tuple[int, float]]:
     return [(entry["step"], entry[metric]) for entry in run.metrics() if metric in entry]
 
 
-class Stop(supervised.Watch):
+class Stop(exact.Watch):
     """A SIGTERM in the middle of step 7."""
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
@@ -95,7 +95,7 @@ class Stop(supervised.Watch):
 
 @pytest.fixture
 def stopping(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
-    monkeypatch.setattr(supervised, "Watch", Stop)
+    monkeypatch.setattr(exact, "Watch", Stop)
     return monkeypatch
 
 

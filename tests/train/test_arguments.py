@@ -14,7 +14,7 @@ from tunewright import recipe as recipes
 from tunewright.errors import RecipeError
 from tunewright.recipe import Recipe, Train
 from tunewright.run import Run
-from tunewright.train import supervised
+from tunewright.train import exact
 
 CHANGED: dict[str, Any] = {
     "max_steps": 7,
@@ -85,7 +85,7 @@ def recipe_of(**train: Any) -> Recipe:
 
 
 def arguments_of(folder: Path, **train: Any) -> TrainingArguments:
-    return supervised._arguments(recipe_of(**train), Run(folder), "cpu")
+    return exact.arguments(recipe_of(**train), Run(folder), "cpu")
 
 
 def plain(value: Any) -> Any:
@@ -93,7 +93,7 @@ def plain(value: Any) -> Any:
 
 
 def test_no_key_is_forgotten_here() -> None:
-    assert set(CHANGED) | set(NOT_ON_A_CPU) | supervised.OURS == set(Train.model_fields)
+    assert set(CHANGED) | set(NOT_ON_A_CPU) | exact.OURS == set(Train.model_fields)
 
 
 @pytest.mark.parametrize("key", list(CHANGED))

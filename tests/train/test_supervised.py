@@ -22,7 +22,8 @@ from tunewright.errors import DataError, RecipeError, StageError
 from tunewright.models import ModelRef
 from tunewright.run import Run, read_json
 from tunewright.testing import tiny_model
-from tunewright.train import checkpoints, supervised
+from tunewright.train import checkpoints, exact
+from tunewright.train.weights import sha256
 
 LORA = {
     "method": "lora",
@@ -245,13 +246,13 @@ def test_a_stop_at_any_step_goes_on_exactly(unbroken: Any, at: int) -> None:
 def stop_at(run: Run, step: int) -> None:
     """Train in this process, which gets a SIGTERM during a step."""
 
-    class AtStep(supervised.Watch):
+    class AtStep(exact.Watch):
         def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
             if state.global_step == step - 1:
                 os.kill(os.getpid(), signal.SIGTERM)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(supervised, "Watch", AtStep)
+        patch.setattr(exact, "Watch", AtStep)
         fit(run)
 
 
@@ -384,7 +385,7 @@ def test_the_best_checkpoint_is_kept_and_loaded(prepare: Prepare, tmp_path: Path
     kept = sorted(checkpoints.step(one) for one in run.checkpoints.iterdir())
     assert kept == [best, 20]
     weights = {"full": "model.safetensors", "lora": "adapter_model.safetensors"}[method]
-    assert manifest["sha256"][weights] == supervised.sha256(run.checkpoints / f"checkpoint-{best}" / weights)
+    assert manifest["sha256"][weights] == sha256(run.checkpoints / f"checkpoint-{best}" / weights)
     assert manifest["trainable_parameters"] > 0
     done = result(run)
     run.manifest_file("train").unlink()

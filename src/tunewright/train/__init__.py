@@ -1,1 +1,1 @@
-"""Training: `supervised.fit` is the stage; follow it through `assembling` (batches) and `checkpoints`."""
+"""Training: `supervised.fit` is a stage; follow it through `assembling` (batches) and `exact` (what is kept)."""

@@ -6,46 +6,23 @@ One step of training: `assembling.Collator` makes the batch, the model's own for
 
 from __future__ import annotations
 
-import contextlib
-import hashlib
-import json
 import math
-import os
-import shutil
-import signal
-import time
-from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
+from transformers import set_seed
 
 from tunewright import chat, models
-from tunewright.chat import Equipment
 from tunewright.data import prepare
-from tunewright.errors import DataError, RecipeError, StageError
-from tunewright.generate import LocalCompleter, savable
+from tunewright.errors import DataError
+from tunewright.generate import LocalCompleter
 from tunewright.models import ModelRef
-from tunewright.recipe import Recipe
-from tunewright.run import Run, append_json, write_json, write_text
+from tunewright.run import Run
 from tunewright.tracking import Tracker
-from tunewright.train import checkpoints
+from tunewright.train import exact
 from tunewright.train.assembling import Collator, LengthGrouped, Rows, render_all
-
-OURS = {
-    "method",
-    "epochs",
-    "learning_rate",
-    "batch_size",
-    "max_length",
-    "lora",
-    "warmup_ratio",
-    "save_total_limit",
-    "gradient_checkpointing",
-    "gradient_checkpointing_kwargs",
-}
-"""Keys of the recipe's `train` that are not handed to TrainingArguments under their own name."""
+from tunewright.train.exact import Exact
+from tunewright.train.weights import trainable
 
 
 def fit(run: Run, tracker: Tracker) -> None:
@@ -70,20 +47,14 @@ def fit(run: Run, tracker: Tracker) -> None:
             "train.dataloader_drop_last leaves out what does not; lower train.batch_size"
         )
     device = resolved["device"]
-    arguments = _arguments(recipe, run, device)
+    arguments = exact.arguments(recipe, run, device)
     set_seed(recipe.train.seed)
-    model = _trainable(recipe, ref, tokenizer, equipment, device)
-    torn = checkpoints.sweep(run.checkpoints)
-    start = checkpoints.latest(run.checkpoints)
-    _rewind(run, checkpoints.step(start) if start else 0)
-    for one in torn:
-        run.event("train", "torn checkpoint removed", checkpoint=one.name)
-    run.event("train", "resumed" if start else "started", step=checkpoints.step(start) if start else 0)
+    model = trainable(recipe, ref, tokenizer, equipment, device)
+    start = exact.begin(run)
     if start:
         arguments.eval_on_start = False  # it was measured when the run did start
     arguments.use_cache = getattr(model.config, "use_cache", True)  # else Trainer writes False into what is saved
-    trainable = sum(weight.numel() for weight in model.parameters() if weight.requires_grad)
-    watch = Watch(run)
+    watch = exact.Watch(run)
     trainer = SupervisedTrainer(
         model=model,
         args=arguments,
@@ -96,39 +67,15 @@ def fit(run: Run, tracker: Tracker) -> None:
         completer=LocalCompleter(model, tokenizer, equipment, batch_rows=recipe.train.per_device_eval_batch_size),
         start=start,
     )
-    with watch.heeding_sigterm():
-        trainer.train(resume_from_checkpoint=str(start) if start else None)
-    tracker.flush()
-    if watch.stopping:
-        raise InterruptedError(f"stopped at step {trainer.state.global_step} of {trainer.state.max_steps}")
-    _save(run, recipe, trainer, trainable, resumed=start)
+    exact.drive(trainer, watch, tokens=sum(len(rendering.ids) for rendering in rows.renderings))
 
 
-class SupervisedTrainer(Trainer):
-    """Transformers' Trainer with an exact validation loss, sealed checkpoints and a log that a resume rewrites."""
+class SupervisedTrainer(Exact):
+    """Transformers' Trainer with an exact validation loss, and what `Exact` keeps."""
 
-    def __init__(
-        self, *, run: Run, tracker: Tracker, completer: LocalCompleter, start: Path | None, **options: Any
-    ) -> None:
-        self.run = run
-        self.recipe = run.recipe()
-        self.tracker = tracker
+    def __init__(self, *, completer: LocalCompleter, **options: Any) -> None:
         self.completer = completer
-        self.start = start
-        self.began = time.monotonic() - (checkpoints.facts(start)["seconds"] if start else 0.0)
-        self.tracked_to: dict[str, int] = {}
-        self.control: Any
         super().__init__(**options)
-
-    @property
-    def seconds(self) -> float:
-        """Time spent training, in this process and in those before it up to their last checkpoints."""
-        return round(time.monotonic() - self.began, 2)
-
-    def training_step(self, *given: Any, **options: Any) -> Any:
-        loss = super().training_step(*given, **options)
-        self._refuse_nan("loss", loss, self.state.global_step + 1)
-        return loss
 
     def evaluate(self, eval_dataset: Any = None, *_: Any, **__: Any) -> dict[str, float]:
         """Mean loss over the validation rows' targets, each target counting the same."""
@@ -137,42 +84,11 @@ class SupervisedTrainer(Trainer):
         results = self.completer.losses(rows.renderings)
         self.model.train()
         loss = sum(total for total, _ in results) / sum(count for _, count in results)
-        self._refuse_nan("validation loss", torch.tensor(loss), self.state.global_step)
+        self.refuse_nan("validation loss", torch.tensor(loss), self.state.global_step)
         metrics = {"eval_loss": loss, "eval_perplexity": math.exp(min(loss, 700.0))}
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
-
-    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """One line of train/metrics.jsonl, and the same to MLflow, which has it already where a resume repeats it."""
-        super().log(logs, start_time)
-        step = self.state.global_step
-        if "train_runtime" in logs:
-            return
-        if not self.args.fp16:  # there, a step whose gradients overflow is left out and the scale is lowered
-            self._refuse_nan("gradient's norm", torch.tensor(logs.get("grad_norm", 0.0)), step)
-        append_json(self.run.metrics_file, {"step": step, **logs})
-        fresh = {key: value for key, value in logs.items() if key != "epoch" and step > self._tracked_to(key)}
-        self.tracker.metrics(fresh, step=step)
-
-    def _tracked_to(self, key: str) -> int:
-        if key not in self.tracked_to:
-            self.tracked_to[key] = self.tracker.last_step(key)
-        return self.tracked_to[key]
-
-    def _refuse_nan(self, what: str, value: Any, step: int) -> None:
-        if torch.isfinite(value):
-            return
-        last = checkpoints.latest(self.run.checkpoints)
-        where = f"the last whole checkpoint is {last.name}" if last else "there is no checkpoint yet"
-        raise StageError(
-            f"training: the {what} is {float(value)} at step {step}; {where}. Lower train.learning_rate and start again"
-        )
-
-    def refuse_broken_weights(self) -> None:
-        """Nothing is saved that holds a weight which is no number."""
-        trained = [weight.detach().abs().max() for weight in self.model.parameters() if weight.requires_grad]
-        self._refuse_nan("largest weight", torch.stack(trained).max(), self.state.global_step)
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         if self.args.train_sampling_strategy != "group_by_length":
@@ -181,88 +97,6 @@ class SupervisedTrainer(Trainer):
         together = self.args.train_batch_size * self.args.gradient_accumulation_steps
         return LengthGrouped(self.train_dataset, together, seed)
 
-    def _run_epoch(self, **options: Any) -> None:
-        """As Trainer's, from where the checkpoint stood: its loss since the last log, no step beyond the last."""
-        if self.start is not None:
-            sealed = checkpoints.facts(self.start)
-            self._tr_loss += sealed["loss_since_log"]
-            self._globalstep_last_logged = sealed["logged_at"]
-            self.start = None
-        if self.state.global_step >= self.state.max_steps:
-            self.control.should_training_stop = True
-            return
-        super()._run_epoch(**options)
-
-    def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        """A checkpoint is sealed once MLflow has it and every number up to it, so a resume has nothing to make up."""
-        self.refuse_broken_weights()
-        super()._save_checkpoint(model, trial)
-        folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
-        self.tracker.flush()
-        if self.recipe.tracking.checkpoints:
-            self.tracker.checkpoint(folder, [name for name in checkpoints.WEIGHTS if (folder / name).is_file()])
-        checkpoints.seal(
-            folder,
-            seconds=self.seconds,
-            loss_since_log=self._tr_loss.item(),
-            logged_at=self._globalstep_last_logged,
-        )
-        checkpoints.rotate(
-            Path(self.args.output_dir), self.recipe.train.save_total_limit, best=self.state.best_model_checkpoint
-        )
-        self.run.event("train", "checkpoint", step=self.state.global_step)
-
-    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
-        write_weights(self.model, Path(output_dir or self.args.output_dir))
-
-
-class Watch(TrainerCallback):
-    """Progress for whoever looks on, a stop at the end of a step when the process is asked to stop, and at most one
-    checkpoint for each step: one that falls on the end of an epoch is written when the epoch's numbers are logged."""
-
-    def __init__(self, run: Run) -> None:
-        self.run = run
-        self.asked_to_stop = False
-        self.stopping = False
-        self.save_later = False
-        self.shown = 0.0
-
-    @contextlib.contextmanager
-    def heeding_sigterm(self) -> Iterator[None]:
-        """SIGTERM asks to stop, instead of ending the process."""
-        before = signal.signal(signal.SIGTERM, self._ask)
-        try:
-            yield
-        finally:
-            signal.signal(signal.SIGTERM, before)
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        self._show(state)
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        if self.asked_to_stop and state.global_step < state.max_steps:
-            control.should_training_stop = self.stopping = True
-        if control.should_save and (control.should_training_stop or state.epoch == int(state.epoch)):
-            control.should_save, self.save_later = False, True
-        if time.monotonic() - self.shown > 0.2 or state.global_step == state.max_steps:
-            self._show(state)
-
-    def on_epoch_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        if self.stopping and state.epoch != int(state.epoch):  # the epoch goes on when the run does
-            control.should_log = control.should_evaluate = False
-        control.should_save = control.should_save or self.save_later or self.stopping
-        self.save_later = False
-
-    def _show(self, state: Any) -> None:
-        self.shown = time.monotonic()
-        losses = (entry["loss"] for entry in reversed(state.log_history) if "loss" in entry)
-        last = next(losses, None)
-        note = "" if last is None else f"loss {last:.4f}"
-        self.run.set_progress("train", state.global_step, state.max_steps, note)
-
-    def _ask(self, *_: Any) -> None:
-        self.asked_to_stop = True
-
 
 def _rows(run: Run, split: str, tokenizer: Any, max_length: int) -> Rows:
     """The prepared rows; preparation left out, by name, those that there is nothing to learn from."""
@@ -270,127 +104,3 @@ def _rows(run: Run, split: str, tokenizer: Any, max_length: int) -> Rows:
     if not all(any(rendering.mask[1:]) for rendering in renderings):
         raise DataError(f"{run.data_file(split)}: a row has no token to learn from; prepare the data again")
     return Rows(renderings)
-
-
-def _trainable(recipe: Recipe, ref: ModelRef, tokenizer: Any, equipment: Equipment, device: str) -> Any:
-    """The base's weights, or the base with a fresh adapter; room made for tokens that it lacks."""
-    model = models.load_model(ref, device=device)
-    models.grow(model, len(tokenizer))
-    if recipe.train.method == "full":
-        return model.train()
-    from peft import LoraConfig, get_peft_model
-
-    lora = recipe.train.lora
-    named = [lora.target_modules] if isinstance(lora.target_modules, str) else list(lora.target_modules)
-    targets = "all-linear" if named == ["all-linear"] else named  # any other string PEFT would take as a pattern
-    config = LoraConfig(
-        task_type="CAUSAL_LM",
-        r=lora.r,
-        lora_alpha=lora.lora_alpha,
-        lora_dropout=lora.lora_dropout,
-        target_modules=targets,
-        fan_in_fan_out=False,
-        trainable_token_indices=_new_rows(model, tokenizer.convert_tokens_to_ids(equipment.added_tokens)),
-    )
-    try:
-        with models.quiet():
-            return get_peft_model(model, config).train()
-    except ValueError as error:
-        raise RecipeError(f"train.lora: {error}") from error
-
-
-def _new_rows(model: Any, tokens: list[int]) -> dict[str, list[int]] | None:
-    """The embedding's rows that an adapter trains along with itself, and those of an output layer of its own."""
-    if not tokens:
-        return None
-    ends = (model.get_input_embeddings(), model.get_output_embeddings())
-    names = [name.rpartition(".")[2] for name, module in model.named_modules() if module in ends]
-    return dict.fromkeys(names[:1] if ends[0].weight is ends[1].weight else names, tokens)
-
-
-def _arguments(recipe: Recipe, run: Run, device: str) -> TrainingArguments:
-    """The recipe's `train` as TrainingArguments."""
-    train = recipe.train
-    given = {key: value for key, value in train.model_dump().items() if key not in OURS}
-    if train.warmup_ratio:
-        given["warmup_steps"] = train.warmup_ratio
-    if train.gradient_checkpointing:
-        given["activation_checkpointing"] = True
-        given["activation_checkpointing_kwargs"] = train.gradient_checkpointing_kwargs
-    given |= {
-        "output_dir": str(run.checkpoints),
-        "num_train_epochs": train.epochs,
-        "learning_rate": recipe.learning_rate,
-        "per_device_train_batch_size": train.batch_size,
-        "use_cpu": device == "cpu",
-        "dataloader_pin_memory": train.dataloader_pin_memory and device != "cpu",
-        "report_to": "none",
-        "disable_tqdm": True,
-        "remove_unused_columns": False,
-        "label_names": ["labels"],
-        "prediction_loss_only": True,
-        "logging_nan_inf_filter": False,
-    }
-    if train.fp16 and device == "cpu":
-        raise RecipeError("train: fp16 needs a GPU, and this machine has none; leave it out")
-    try:
-        arguments = TrainingArguments(**given)
-    except (ValueError, ImportError) as error:
-        raise RecipeError(f"train: {error}") from error
-    if arguments.n_gpu > 1:
-        arguments._n_gpu = 1  # else Trainer would cut each batch along its rows, and the targets do not lie along them
-    return arguments
-
-
-def _rewind(run: Run, step: int) -> None:
-    """Cut the log back to a step, so that a resumed run's log is that of an unbroken one."""
-    kept = [entry for entry in run.metrics() if entry["step"] <= step] if step else []
-    write_text(run.metrics_file, "".join(json.dumps(entry) + "\n" for entry in kept))
-
-
-def write_weights(model: Any, folder: Path) -> None:
-    """The weights that were trained: an adapter, or a whole model."""
-    # Asked to decide for itself, PEFT looks the base up on the hub at every checkpoint. The rows of new tokens are the
-    # adapter's own; the embeddings are the base's.
-    adapter = hasattr(model, "peft_config")
-    options = {"save_embedding_layers": False} if adapter else {}
-    if not adapter:
-        model.generation_config = savable(model.generation_config)
-    with models.quiet():
-        model.save_pretrained(str(folder), **options)
-    (folder / "README.md").unlink(missing_ok=True)  # PEFT's own empty card; ours is package/card.md
-
-
-def _save(run: Run, recipe: Recipe, trainer: SupervisedTrainer, trainable: int, *, resumed: Path | None) -> None:
-    """The trained weights, then train/manifest.json."""
-    trainer.refuse_broken_weights()
-    target = run.trained(recipe.train.method)
-    fresh = target.with_name(f".{target.name}.new")
-    shutil.rmtree(fresh, ignore_errors=True)
-    write_weights(trainer.model, fresh)
-    shutil.rmtree(target, ignore_errors=True)
-    os.replace(fresh, target)
-    model = trainer.model
-    trained_tokens = sum(len(rendering.ids) for rendering in trainer.train_dataset.renderings)
-    losses = [entry["loss"] for entry in run.metrics() if "loss" in entry]
-    manifest = {
-        "method": recipe.train.method,
-        "steps": trainer.state.global_step,
-        "epochs": trainer.state.epoch,
-        "examples": len(trainer.train_dataset),
-        "tokens": int(trained_tokens * (trainer.state.epoch or 0)),
-        "seconds": trainer.seconds,
-        "resumed_from": resumed.name if resumed else None,
-        "device": str(model.device),
-        "trainable_parameters": trainable,
-        "parameters": sum(weight.numel() for weight in model.parameters()),
-        "final_loss": losses[-1] if losses else None,
-        "sha256": {path.name: sha256(path) for path in sorted(target.glob("*.safetensors"))},
-    }
-    write_json(run.manifest_file("train"), manifest)
-    trainer.tracker.metrics({"train_seconds": manifest["seconds"]}, step=manifest["steps"])
-
-
-def sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

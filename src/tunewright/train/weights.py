@@ -1,0 +1,68 @@
+"""The weights that are trained, and how they are written: all of the base's, or an adapter's."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+from typing import Any
+
+from tunewright import models
+from tunewright.chat import Equipment
+from tunewright.errors import RecipeError
+from tunewright.generate import savable
+from tunewright.models import ModelRef
+from tunewright.recipe import Recipe
+
+
+def trainable(recipe: Recipe, ref: ModelRef, tokenizer: Any, equipment: Equipment, device: str) -> Any:
+    """The base's weights, or the base with a fresh adapter; room made for tokens that it lacks."""
+    model = models.load_model(ref, device=device)
+    models.grow(model, len(tokenizer))
+    if recipe.train.method == "full":
+        return model.train()
+    from peft import LoraConfig, get_peft_model
+
+    lora = recipe.train.lora
+    named = [lora.target_modules] if isinstance(lora.target_modules, str) else list(lora.target_modules)
+    targets = "all-linear" if named == ["all-linear"] else named  # any other string PEFT would take as a pattern
+    config = LoraConfig(
+        task_type="CAUSAL_LM",
+        r=lora.r,
+        lora_alpha=lora.lora_alpha,
+        lora_dropout=lora.lora_dropout,
+        target_modules=targets,
+        fan_in_fan_out=False,
+        trainable_token_indices=_new_rows(model, tokenizer.convert_tokens_to_ids(equipment.added_tokens)),
+    )
+    try:
+        with models.quiet():
+            return get_peft_model(model, config).train()
+    except ValueError as error:
+        raise RecipeError(f"train.lora: {error}") from error
+
+
+def write_weights(model: Any, folder: Path) -> None:
+    """The weights that were trained: an adapter, or a whole model."""
+    # Asked to decide for itself, PEFT looks the base up on the hub at every checkpoint. The rows of new tokens are the
+    # adapter's own; the embeddings are the base's.
+    adapter = hasattr(model, "peft_config")
+    options = {"save_embedding_layers": False} if adapter else {}
+    if not adapter:
+        model.generation_config = savable(model.generation_config)
+    with models.quiet():
+        model.save_pretrained(str(folder), **options)
+    (folder / "README.md").unlink(missing_ok=True)  # PEFT's own empty card; ours is package/card.md
+
+
+def sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _new_rows(model: Any, tokens: list[int]) -> dict[str, list[int]] | None:
+    """The embedding's rows that an adapter trains along with itself, and those of an output layer of its own."""
+    if not tokens:
+        return None
+    ends = (model.get_input_embeddings(), model.get_output_embeddings())
+    names = [name.rpartition(".")[2] for name, module in model.named_modules() if module in ends]
+    return dict.fromkeys(names[:1] if ends[0].weight is ends[1].weight else names, tokens)
