@@ -230,6 +230,11 @@ class Train(Section):
     lora: Lora = Lora()
     """The adapter (method: lora)."""
 
+    tokens_per_forward: int | None = Field(default=None, ge=1)
+    """Tokens that one forward and backward takes at most (a longer row goes alone). The rows of a step are spread over
+    as many forwards as that needs; the result is the same, the memory is not. Default: 4,096 on a CPU, 16,384 on a
+    GPU."""
+
     max_steps: int = Field(default=-1, ge=-1)
     """Stop after this many optimizer steps; -1 leaves it to `epochs`."""
     gradient_accumulation_steps: int = Field(default=1, ge=1)

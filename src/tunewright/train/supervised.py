@@ -1,11 +1,12 @@
 """Supervised fine-tuning and continued pretraining: Transformers' Trainer with our batches, checkpoints and log.
 
-One step of training: `assembling.Collator` makes the batch, the model's own forward computes the loss on its targets
-(Transformers divides by the number of targets in all accumulated batches), Trainer steps the optimizer.
+One step of training is `SupervisedTrainer.training_step`: `assembling` makes bins of the step's rows, `losses` gives
+the loss on their targets, Trainer clips the gradients and steps the optimizer.
 """
 
 from __future__ import annotations
 
+import contextlib
 import math
 from typing import Any
 
@@ -19,10 +20,22 @@ from tunewright.generate import LocalCompleter
 from tunewright.models import ModelRef
 from tunewright.run import Run
 from tunewright.tracking import Tracker
-from tunewright.train import exact
-from tunewright.train.assembling import Collator, LengthGrouped, Rows, render_all
+from tunewright.train import attention, exact, losses
+from tunewright.train.assembling import (
+    Layout,
+    LengthGrouped,
+    Rendered,
+    Row,
+    Rows,
+    assemble,
+    collate,
+    into_bins,
+)
 from tunewright.train.exact import Exact
 from tunewright.train.weights import trainable
+
+TOKENS_PER_FORWARD = {"cpu": 4096, "cuda": 16384, "mps": 4096}
+"""Tokens of one forward and backward, where the recipe does not say."""
 
 
 def fit(run: Run, tracker: Tracker) -> None:
@@ -47,9 +60,13 @@ def fit(run: Run, tracker: Tracker) -> None:
             "train.dataloader_drop_last leaves out what does not; lower train.batch_size"
         )
     device = resolved["device"]
-    arguments = exact.arguments(recipe, run, device)
+    together = recipe.train.batch_size * recipe.train.gradient_accumulation_steps
+    arguments = exact.arguments(
+        recipe, run, device, per_device_train_batch_size=together, gradient_accumulation_steps=1
+    )
     set_seed(recipe.train.seed)
     model = trainable(recipe, ref, tokenizer, equipment, device)
+    layout = settle(model, len(tokenizer), resolved["max_length"])
     start = exact.begin(run)
     if start:
         arguments.eval_on_start = False  # it was measured when the run did start
@@ -60,28 +77,55 @@ def fit(run: Run, tracker: Tracker) -> None:
         args=arguments,
         train_dataset=rows,
         eval_dataset=validation,
-        data_collator=Collator(equipment.pad_id),
+        data_collator=collate,
         callbacks=[watch],
         run=run,
         tracker=tracker,
+        layout=layout,
+        pad_id=equipment.pad_id,
+        budget=recipe.train.tokens_per_forward or TOKENS_PER_FORWARD[device],
         completer=LocalCompleter(model, tokenizer, equipment, batch_rows=recipe.train.per_device_eval_batch_size),
         start=start,
     )
-    exact.drive(trainer, watch, tokens=sum(len(rendering.ids) for rendering in rows.renderings))
+    exact.drive(trainer, watch, tokens=int(rows.store.lengths.sum()), layout=layout)
 
 
 class SupervisedTrainer(Exact):
-    """Transformers' Trainer with an exact validation loss, and what `Exact` keeps."""
+    """One step: its rows into bins, forward and backward for each, and Trainer steps the optimizer."""
 
-    def __init__(self, *, completer: LocalCompleter, **options: Any) -> None:
+    def __init__(self, *, layout: Layout, pad_id: int, budget: int, completer: LocalCompleter, **options: Any) -> None:
+        self.layout = layout
+        self.pad_id = pad_id
+        self.budget = budget
         self.completer = completer
+        self.at_work: list[Row] = []
         super().__init__(**options)
+        trained = sum(weight.numel() for weight in self.model.parameters() if weight.requires_grad)
+        weights = sum(weight.numel() for weight in self.model.parameters())
+        self.flops_per_token: int = 4 * weights + 2 * trained
+
+    def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> torch.Tensor:
+        """Loss per target of one optimizer step; its gradients are added up.
+
+        `num_items_in_batch` is the number of targets of the step, on all devices: each counts the same, whichever bin
+        or device it falls to.
+        """
+        rows: list[Row] = inputs["rows"]
+        bins = into_bins([len(row.ids) for row in rows], self.budget, layout=self.layout)
+        total = torch.zeros((), device=self.args.device)
+        for number, held in enumerate(bins, start=1):
+            self.at_work = [rows[place] for place in held]
+            batch = assemble(self.at_work, self.layout, self.pad_id)
+            last = number == len(bins)
+            with contextlib.nullcontext() if last else self.accelerator.no_sync(model):
+                total += super().training_step(model, batch, num_items_in_batch)
+        return total
 
     def evaluate(self, eval_dataset: Any = None, *_: Any, **__: Any) -> dict[str, float]:
         """Mean loss over the validation rows' targets, each target counting the same."""
         rows: Rows = eval_dataset or self.eval_dataset
         self.model.eval()
-        results = self.completer.losses(rows.renderings)
+        results = self.completer.losses([rows.store[row] for row in range(len(rows))])
         self.model.train()
         loss = sum(total for total, _ in results) / sum(count for _, count in results)
         self.refuse_nan("validation loss", torch.tensor(loss), self.state.global_step)
@@ -90,17 +134,46 @@ class SupervisedTrainer(Exact):
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
+    def rows_at_work(self) -> list[str]:
+        return [self.train_dataset.store.source(row.number) for row in self.at_work]
+
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         if self.args.train_sampling_strategy != "group_by_length":
             return super()._get_train_sampler(train_dataset)
         seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
-        together = self.args.train_batch_size * self.args.gradient_accumulation_steps
-        return LengthGrouped(self.train_dataset, together, seed)
+        return LengthGrouped(self.train_dataset, self.args.train_batch_size, seed)
+
+    def floating_point_ops(self, inputs: dict[str, Any]) -> int:
+        """Of the matrix products: twice the weights a token forward, and four or two times as much backward."""
+        return self.flops_per_token * sum(len(row.ids) for row in inputs["rows"])
+
+
+def settle(model: Any, vocab_size: int, max_length: int) -> Layout:
+    """How this model's batches are laid: the leanest way that gives the loss of its own forward, tried on it."""
+    inner = model.get_base_model() if hasattr(model, "peft_config") else model
+    flat: Layout = "flat" if attention.fits(inner, vocab_size, max_length) else "padded"
+    ids = torch.randint(vocab_size, (2, min(12, max_length)), generator=torch.Generator().manual_seed(1)).tolist()
+    probe = [Row(number, row, [False] * (len(row) - 2) + [True] * 2) for number, row in enumerate(ids)]
+    batch = {
+        key: value.to(inner.device) if torch.is_tensor(value) else value
+        for key, value in assemble(probe, flat, 0).items()
+    }
+    for narrow in (True, False):
+        detach = losses.attach(inner, narrow=narrow)
+        if losses.agrees(inner, batch):
+            return flat
+        detach()
+    return "plain"
 
 
 def _rows(run: Run, split: str, tokenizer: Any, max_length: int) -> Rows:
     """The prepared rows; preparation left out, by name, those that there is nothing to learn from."""
-    renderings = render_all(tokenizer, prepare.examples(run, split), max_length)
+    renderings, sources = [], []
+    for example in prepare.examples(run, split):
+        whole = prepare.render(tokenizer, example)
+        pieces = [whole] if example.text is None else prepare.pieces(whole, max_length)
+        renderings += pieces
+        sources += [example.source] * len(pieces)
     if not all(any(rendering.mask[1:]) for rendering in renderings):
         raise DataError(f"{run.data_file(split)}: a row has no token to learn from; prepare the data again")
-    return Rows(renderings)
+    return Rows(Rendered(renderings, sources))

@@ -1,0 +1,200 @@
+"""The loss where there is one, and nothing computed for places that no loss looks at.
+
+`attach` gives a model's forward a second way: called with `kept` (the places whose next token is a target), it runs the
+decoder, takes those places alone, and hands them to `head_loss`, which never holds more than a slice of the logits. The
+last layer's work for each token is done at those places alone too. `agrees` proves on the model at hand that this loss
+is the one of the model's own forward before anything is trained.
+
+Shapes: T tokens of a batch, K of them kept, C of these in a slice, D hidden size, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.utils.checkpoint
+from torch import Tensor
+from torch.nn import functional
+from transformers.modeling_outputs import CausalLMOutput
+
+SLICE = 2**24
+"""Numbers in a slice of the logits (64 MB in float32): C x V at most."""
+SAME = 1e-4
+"""Two losses nearer than this, relative to the larger, are the same but for rounding."""
+NARROW_BELOW = 0.75
+"""The last layer is narrowed where fewer than this share of the places are kept; else copying costs what it wins."""
+
+
+def attach(model: Any, *, narrow: bool = True) -> Callable[[], None]:
+    """Let a causal language model's forward take `kept` and `targets`, and give their loss. Gives what undoes it.
+
+    Args:
+        model: A model whose `get_decoder` and `get_output_embeddings` are what its own forward uses (see `agrees`).
+        narrow: Whether the last layer works at the kept places alone.
+    """
+    own_forward, narrowing = model.forward, Narrowing(model if narrow else None)
+
+    def forward(
+        self: Any, *given: Any, kept: Tensor | None = None, targets: Tensor | None = None, **options: Any
+    ) -> Any:
+        if kept is None or targets is None:
+            narrowing.kept = None
+            return own_forward(*given, **options)
+        number = options.pop("num_items_in_batch", None)
+        # Stays until the next batch: with gradient checkpointing the layer runs again on the way back.
+        narrowing.kept = kept if len(kept) < NARROW_BELOW * options["input_ids"].numel() else None
+        hidden_TD = self.get_decoder()(*given, **options).last_hidden_state.flatten(0, 1)
+        total = head_loss(hidden_TD[kept], self.get_output_embeddings(), targets)
+        return CausalLMOutput(loss=total / (len(targets) if number is None else number))
+
+    def detach() -> None:
+        narrowing.undo()
+        del model.forward  # of the instance; its class has the own one
+
+    model.forward = types.MethodType(forward, model)
+    return detach
+
+
+def head_loss(hidden_KD: Tensor, head: Any, targets_K: Tensor) -> Tensor:
+    """Summed negative log-likelihood (nats) of the targets, from the hidden states that predict them.
+
+    Logits exist for a slice of places at a time, and the gradients are computed with them, so that nothing is kept or
+    computed again for the way back.
+    """
+    if type(head) is torch.nn.Linear:
+        return _HeadLoss.apply(hidden_KD, head.weight, head.bias, targets_K, max(1, SLICE // head.weight.shape[0]))
+    total = hidden_KD.new_zeros((), dtype=torch.float32)
+    for hidden_CD, targets_C in zip(hidden_KD.split(1024), targets_K.split(1024), strict=True):
+        total = total + torch.utils.checkpoint.checkpoint(_slice_loss, head, hidden_CD, targets_C, use_reentrant=False)
+    return total
+
+
+def agrees(model: Any, batch: dict[str, Any]) -> bool:
+    """Whether the loss of a batch with `kept` and `targets` is that of the model's own logits there.
+
+    Architectures that cap or scale their logits, or add a loss of their own, do not agree.
+    """
+    was_training = model.training
+    model.eval()
+    plain = {key: value for key, value in batch.items() if key not in ("kept", "targets")}
+    try:
+        with torch.no_grad():
+            ours = model(**batch).loss
+            logits_TV = model(**plain).logits.flatten(0, 1)
+            theirs = functional.cross_entropy(logits_TV[batch["kept"]].float(), batch["targets"])
+    except (AttributeError, TypeError, ValueError, RuntimeError, KeyError, IndexError):
+        return False  # an architecture with other parts
+    finally:
+        model.train(was_training)
+    return bool((ours - theirs).abs() <= SAME * theirs.abs())
+
+
+class Narrowing:
+    """The last layer's work for each token (queries, output projection, feed-forward) at some places alone.
+
+    What these modules give elsewhere is zeros, which nobody reads: keys and values are computed everywhere, the head
+    looks at the kept places alone, and there is no layer above.
+    """
+
+    def __init__(self, model: Any | None) -> None:
+        self.kept: Tensor | None = None
+        self.modules = [] if model is None else _last_layer_modules(model)
+        for module in self.modules:
+            self._wrap(module)
+
+    def undo(self) -> None:
+        for module in self.modules:
+            del module.forward
+
+    def _wrap(self, module: Any) -> None:
+        own_forward: Callable[[Tensor], Any] = module.forward
+
+        def forward(hidden: Tensor) -> Any:
+            if self.kept is None:
+                return own_forward(hidden)
+            flat = hidden.reshape(-1, hidden.shape[-1])
+            few = own_forward(flat[self.kept][None])
+            if not torch.is_tensor(few):
+                raise TypeError(f"{type(module).__name__} does not give a tensor, so it cannot be narrowed")
+            everywhere = few.new_zeros(flat.shape[0], few.shape[-1]).index_copy(0, self.kept, few[0])
+            return everywhere.view(*hidden.shape[:-1], -1)
+
+        module.forward = forward
+
+
+def _last_layer_modules(model: Any) -> list[Any]:
+    """Of the last layer, the modules that see each token by itself, but for those that make keys and values."""
+    decoder = model.get_decoder()
+    layers = next((getattr(decoder, name) for name in ("layers", "h") if hasattr(decoder, name)), None)
+    if layers is None or not len(layers):
+        return []
+    last = layers[-1]
+    found = [getattr(last, name) for name in ("mlp", "feed_forward") if hasattr(last, name)]
+    attention = next((getattr(last, name) for name in ("self_attn", "attn") if hasattr(last, name)), None)
+    names = (
+        ("o_proj", "q_proj") if hasattr(attention, "k_proj") else ("c_proj",) if hasattr(attention, "c_attn") else ()
+    )
+    return found + [getattr(attention, name) for name in names if hasattr(attention, name)]
+
+
+class _HeadLoss(torch.autograd.Function):
+    """Linear layer and cross-entropy in slices, the gradients made on the way forward."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden_KD: Tensor, weight_VD: Tensor, bias_V: Any, targets_K: Tensor, size: int) -> Tensor:
+        device = hidden_KD.device.type
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden_KD.dtype
+        wants_hidden, wants_weight, wants_bias = ctx.needs_input_grad[:3]
+        hidden, weight = hidden_KD.to(dtype), weight_VD.to(dtype)
+        total = hidden_KD.new_zeros((), dtype=torch.float64 if dtype == torch.float64 else torch.float32)
+        d_hidden = torch.empty_like(hidden) if wants_hidden else None
+        d_weight = torch.zeros_like(weight_VD) if wants_weight else None
+        d_bias = torch.zeros_like(bias_V) if wants_bias else None
+        with torch.autocast(device, enabled=False):
+            for start in range(0, len(targets_K), size):
+                part = slice(start, start + size)
+                targets_C = targets_K[part]
+                logits_CV = hidden[part] @ weight.T
+                if bias_V is not None:
+                    logits_CV += bias_V.to(dtype)
+                logits_CV = logits_CV.to(total.dtype)
+                total_C = logits_CV.logsumexp(-1)
+                total += (total_C - logits_CV.gather(1, targets_C[:, None])[:, 0]).sum()
+                if not (wants_hidden or wants_weight or wants_bias):
+                    continue
+                # d loss / d logits: the softmax, less one at the target.
+                d_CV = logits_CV.sub_(total_C[:, None]).exp_()
+                d_CV.scatter_add_(1, targets_C[:, None], -torch.ones_like(total_C)[:, None])
+                if d_bias is not None:
+                    d_bias += d_CV.sum(0).to(d_bias.dtype)
+                d_CV = d_CV.to(dtype)
+                if d_hidden is not None:
+                    d_hidden[part] = d_CV @ weight
+                if d_weight is not None:
+                    if dtype == d_weight.dtype:
+                        d_weight.addmm_(d_CV.T, hidden[part])
+                    else:
+                        d_weight += d_CV.T @ hidden[part]
+        ctx.save_for_backward(*(one for one in (d_hidden, d_weight, d_bias) if one is not None))
+        ctx.wants, ctx.dtype = (wants_hidden, wants_weight, wants_bias), hidden_KD.dtype
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        scale = grads[0]
+        saved = iter(ctx.saved_tensors)
+        d_hidden, d_weight, d_bias = (next(saved) if wanted else None for wanted in ctx.wants)
+        return (
+            None if d_hidden is None else d_hidden.to(ctx.dtype) * scale,
+            None if d_weight is None else d_weight.mul_(scale),
+            None if d_bias is None else d_bias.mul_(scale),
+            None,
+            None,
+        )
+
+
+def _slice_loss(head: Any, hidden_CD: Tensor, targets_C: Tensor) -> Tensor:
+    return functional.cross_entropy(head(hidden_CD).float(), targets_C, reduction="sum")
