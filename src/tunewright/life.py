@@ -20,7 +20,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from tunewright import chat, deploy, errors, models, tracking
+from tunewright import chat, deploy, errors, memory, models, tracking
+from tunewright import recipe as recipes
 from tunewright import run as run_folders
 from tunewright.backends import base as backends
 from tunewright.backends.base import Backend, Job, Problem, Serves
@@ -125,7 +126,12 @@ def located(recipe: Recipe, folder: Path) -> Recipe:
         if (candidate / "config.json").is_file():
             model = str(candidate.absolute())
             break
-    return recipe.model_copy(update={"data": recipe.data.model_copy(update=data), "model": model})
+    update: dict[str, Any] = {"data": recipe.data.model_copy(update=data), "model": model}
+    if (adapter := recipe.train.adapter) is not None:
+        beside = folder / adapter
+        whole = Path(adapter).expanduser() if Path(adapter).expanduser().exists() else beside
+        update["train"] = recipe.train.model_copy(update={"adapter": str(whole.absolute())})
+    return recipe.model_copy(update=update)
 
 
 def advance(run: Run, *, until: str = "test", watcher: Watcher | None = None) -> Outcome:
@@ -183,6 +189,14 @@ def check(recipe: Recipe, stages: Iterable[str] = STAGES) -> Checked:
     except RecipeError as error:
         problems.append(Problem(str(error)))
     ref, data, equipment = None, None, None
+    if recipe.train.adapter is not None:
+        try:
+            models.find_adapter(recipe.train.adapter)
+        except errors.ModelError as error:
+            problems.append(Problem(str(error)))
+    for key, asked in (("method: qlora", recipe.train.method == "qlora"), ("fp16", recipe.train.fp16)):
+        if asked and models.best_device(use_cpu=recipe.train.use_cpu) != "cuda":
+            problems.append(Problem(f"train.{key} needs a CUDA GPU, and this machine has none; leave it out"))
     try:
         ref = models.find(recipe.model, recipe.revision)
         tokenizer = models.load_tokenizer(ref)
@@ -204,6 +218,16 @@ def _do(stage: str, run: Run, recipe: Recipe, backend: Backend, watcher: Watcher
                     Problem(
                         f"the run will take about {planned['disk_bytes'] / 1e9:.1f} GB of disk and {free / 1e9:.1f} GB "
                         "are free here; free some, set train.save_total_limit lower, or use another --runs",
+                        "warning",
+                    )
+                )
+            settled = run.resolved()["train"]
+            if settled["memory_bytes"] > settled["free_bytes"]:
+                watcher.problem(
+                    Problem(
+                        f"training will take about {settled['memory_bytes'] / 1e9:.1f} GB of memory and "
+                        f"{settled['free_bytes'] / 1e9:.1f} GB are free; set train.method: lora, "
+                        "train.gradient_checkpointing: true, or fewer train.tokens_per_forward",
                         "warning",
                     )
                 )
@@ -240,17 +264,21 @@ def resolve(recipe: Recipe, checked: Checked, runs: Path) -> dict[str, Any]:
         raise RecipeError(checked.errors[0].message)
     assert checked.model is not None
     assert checked.data is not None
+    device = models.best_device(use_cpu=recipe.train.use_cpu)
+    settled = memory.settle(recipe.train, checked.model, device, checked.data.splits["train"])
+    rate = recipe.train.learning_rate
     return {
         "format": 1,
         "recipe": recipe.model_dump(mode="json", by_alias=True),
         "recipe_sha256": recipe.fingerprint(),
         "model": checked.model.to_dict(),
         "max_length": checked.data.max_length,
-        "learning_rate": recipe.learning_rate,
+        "train": settled.to_dict(),
+        "learning_rate": recipes.default_rate(settled.method) if rate is None else rate,
         "metric": recipe.metric,
         "baselines": list(recipe.baselines),
         "seed": recipe.train.seed,
-        "device": models.best_device(use_cpu=recipe.train.use_cpu),
+        "device": device,
         "tracking": {
             "uri": tracking.settle(recipe.tracking.uri, runs, os.environ),
             "experiment": recipe.tracking.experiment,

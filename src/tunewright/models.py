@@ -70,28 +70,24 @@ def find(name: str, revision: str | None = None) -> ModelRef:
     if revision is not None and kind != "hub":
         raise ModelError(f"model {name}: revision {revision!r} is for models of the hub, and this is a folder")
     config = _from_pretrained("AutoConfig", source, name, revision=revision if kind == "hub" else None)
-    import torch
-    from transformers import AutoModelForCausalLM
-
     if kind != "hub" and not any(Path(source).glob("model*.safetensors")):
         raise ModelError(f"model {name}: the folder {source} holds no *.safetensors weights")
-    try:
-        with torch.device("meta"), quiet():
-            skeleton = AutoModelForCausalLM.from_config(config)
-    except ValueError:
-        raise ModelError(
-            f"model {name}: {config.model_type} is not a causal language model that can be tuned"
-        ) from None
+    model = _skeleton(config, name)
     return ModelRef(
         name=name,
         source=source,
         kind=kind,
         revision=_commit(source, revision) if kind == "hub" else None,
-        architecture=type(skeleton).__name__,
+        architecture=type(model).__name__,
         context=getattr(config.get_text_config(), "max_position_embeddings", None),
         vocab_size=config.get_text_config().vocab_size,
-        parameters=sum(weight.numel() for weight in skeleton.parameters()),
+        parameters=sum(weight.numel() for weight in model.parameters()),
     )
+
+
+def skeleton(ref: ModelRef) -> Any:
+    """The base's modules without weights (on torch's `meta` device)."""
+    return _skeleton(_from_pretrained("AutoConfig", ref.source, ref.name, revision=ref.revision), ref.name)
 
 
 def load_tokenizer(ref: ModelRef) -> Any:
@@ -117,6 +113,43 @@ def load_model(ref: ModelRef, *, device: str = "cpu") -> Any:
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
         raise ModelError(f"model {ref.name}: the weights lack {missing[0]}{more}; they are not those of the config")
     return model.to(device).eval()
+
+
+def find_adapter(name: str) -> Path:
+    """The folder of an adapter that is named by itself or by the run that trained it.
+
+    Raises:
+        ModelError: there is no adapter.
+    """
+    given = Path(name).expanduser()
+    for folder in (given, given / "train" / "adapter", given / "package" / "adapter"):
+        if (folder / "adapter_config.json").is_file():
+            return folder.absolute()
+    raise ModelError(
+        f"train.adapter: {name} holds no adapter_config.json, and is not the folder of a run with an adapter"
+    )
+
+
+def load_in_4_bits(ref: ModelRef) -> Any:
+    """The base's weights in 4 bits on the GPU (NF4, double quantisation: Dettmers et al., 2023, arXiv:2305.14314),
+    ready to be trained through.
+
+    Raises:
+        ModelError: as `load_model`.
+    """
+    import torch
+    from peft import prepare_model_for_kbit_training
+    from transformers import BitsAndBytesConfig
+
+    config = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16,
+    )
+    options = {"revision": ref.revision, "quantization_config": config, "device_map": {"": 0}}
+    model = _from_pretrained("AutoModelForCausalLM", ref.source, ref.name, **options)
+    return prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
 
 
 def load_folder(folder: Path, *, device: str = "cpu") -> Any:
@@ -194,6 +227,19 @@ def _locate(name: str) -> tuple[str, Literal["hub", "folder", "starter"]]:
     if folder.is_absolute() or name.startswith(("./", "../", "~")) or name.count("/") > 1:
         raise ModelError(f"model {name}: no such folder")
     return name, "hub"
+
+
+def _skeleton(config: Any, name: str) -> Any:
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    try:
+        with torch.device("meta"), quiet():
+            return AutoModelForCausalLM.from_config(config)
+    except ValueError:
+        raise ModelError(
+            f"model {name}: {config.model_type} is not a causal language model that can be tuned"
+        ) from None
 
 
 def _commit(name: str, revision: str | None) -> str | None:

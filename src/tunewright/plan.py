@@ -34,13 +34,14 @@ def estimate(recipe: Recipe, resolved: dict[str, Any]) -> dict[str, Any]:
     train_tokens = round(splits["train"]["tokens"]["sum"] * steps / per_epoch)
     test_tokens = splits["test"]["tokens"]["sum"]
     answers = 2 + ("few-shot" in recipe.baselines)
-    flops = (4 if train.method == "lora" else 6) * parameters * train_tokens + 2 * parameters * test_tokens * answers
+    settled = resolved["train"]
+    flops = (
+        6 if settled["method"] == "full" else 4
+    ) * parameters * train_tokens + 2 * parameters * test_tokens * answers
     speed = matrix_speed()
     seconds = [round(START_S + flops / (speed * share)) for share in reversed(SHARE_OF_PEAK)]
     weights = 4 * parameters
-    trained = weights if train.method == "full" else weights // 50
-    longest = min(splits["train"]["tokens"]["total"]["max"], resolved["max_length"])
-    memory = weights + 3 * trained + train.batch_size * longest * (resolved["model"]["vocab_size"] // 8 + 4096) * 4
+    trained = weights if settled["method"] == "full" else weights // 50
     checkpoints = (train.save_total_limit or 3) * (3 * trained)
     makes = ["run folder", "endpoint process on this machine"]
     if recipe.tracking.enabled:
@@ -55,7 +56,9 @@ def estimate(recipe: Recipe, resolved: dict[str, Any]) -> dict[str, Any]:
         "steps": steps,
         "tokens": {"train": train_tokens, "train_per_epoch": splits["train"]["tokens"]["sum"], "test": test_tokens},
         "seconds": seconds,
-        "memory_bytes": memory,
+        "memory_bytes": settled["memory_bytes"],
+        "method": settled["method"],
+        "why": {"method": settled["method_why"], "bf16": settled["bf16_why"]},
         "disk_bytes": disk,
         "cost": {"currency": "USD", "low": 0.0, "high": 0.0, "note": "runs on this machine"},
         "makes": makes,

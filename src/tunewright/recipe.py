@@ -217,12 +217,15 @@ class Lora(Section):
 class Train(Section):
     """How to train. Keys beyond the first block carry the names of Transformers' `TrainingArguments`."""
 
-    method: Literal["lora", "full"] = "lora"
-    """Train a low-rank adapter, or all weights."""
+    method: Literal["lora", "full", "qlora", "auto"] = "lora"
+    """Train a low-rank adapter, all weights, or an adapter on weights of 4 bits (qlora: a CUDA GPU). auto chooses from
+    the data and the memory there is; `plan` says what and why."""
+    adapter: str | None = Field(default=None, min_length=1)
+    """Go on from an earlier run's adapter: its run folder, or an adapter's own (lora and qlora)."""
     epochs: float = Field(default=3.0, gt=0)
     """Passes over the training rows."""
     learning_rate: float | None = Field(default=None, ge=0)
-    """Peak learning rate. Default: 2e-4 for lora, 2e-5 for full."""
+    """Peak learning rate. Default: 2e-4 for an adapter, 2e-5 for all weights."""
     batch_size: int = Field(default=8, ge=1)
     """Examples per device and step."""
     max_length: int | None = Field(default=None, ge=8)
@@ -253,7 +256,8 @@ class Train(Section):
     warmup_ratio: float | None = Field(default=None, ge=0, lt=1)
     """Share of all steps spent warming up. Newer Transformers takes it as `warmup_steps` below 1."""
     neftune_noise_alpha: float | None = None
-    bf16: bool = False
+    bf16: bool | Literal["auto"] = "auto"
+    """Matrix products in bfloat16, weights in float32. auto: where the processor or the GPU has instructions for it."""
     fp16: bool = False
     tf32: bool | None = None
     use_cpu: bool = False
@@ -276,7 +280,12 @@ class Train(Section):
     save_steps: float = Field(default=500, gt=0)
     save_total_limit: int | None = Field(default=2, ge=1)
     load_best_model_at_end: bool = False
-    metric_for_best_model: Literal["loss", "eval_loss"] | None = None
+    metric_for_best_model: Literal["loss", "eval_loss", "accuracy", "eval_accuracy"] | None = None
+    """The validation metric that chooses the best checkpoint. accuracy is for classes. Default: loss."""
+    early_stopping_patience: int | None = Field(default=None, ge=1)
+    """Stop once the metric has been no better for so many measurements."""
+    early_stopping_threshold: float = Field(default=0.0, ge=0)
+    """What counts as better: by more than this."""
     greater_is_better: bool | None = None
     seed: int = Field(default=42, ge=0)
     data_seed: int | None = None
@@ -292,8 +301,12 @@ class Train(Section):
     def _consistent(self) -> Train:
         if self.warmup_ratio and self.warmup_steps:
             raise ValueError("warmup_ratio and warmup_steps are both set; choose one")
-        if self.bf16 and self.fp16:
+        if self.bf16 is True and self.fp16:
             raise ValueError("bf16 and fp16 are both set; choose one")
+        if self.adapter is not None and self.method == "full":
+            raise ValueError("adapter goes on from an adapter, and method: full has none; use lora")
+        if self.adapter is not None and "lora" in self.model_fields_set:
+            raise ValueError("lora says how a fresh adapter is made, and adapter names one that is there; remove one")
         if self.max_steps == 0:
             raise ValueError("max_steps is 0; say how many, or -1 to leave it to epochs")
         for key in ("logging_steps", "eval_steps", "save_steps"):
@@ -303,7 +316,7 @@ class Train(Section):
         if "eval_steps" in self.model_fields_set and "eval_strategy" not in self.model_fields_set:
             raise ValueError("eval_steps is set but eval_strategy is 'no'; add eval_strategy: steps")
         if self.eval_strategy == "no":
-            for key in ("load_best_model_at_end", "eval_on_start"):
+            for key in ("load_best_model_at_end", "eval_on_start", "early_stopping_patience"):
                 if getattr(self, key):
                     raise ValueError(f"{key} needs a validation loss; add eval_strategy: steps or epoch")
             if self.lr_scheduler_type in ("reduce_lr_on_plateau", "greedy"):
@@ -311,6 +324,12 @@ class Train(Section):
                     f"lr_scheduler_type: {self.lr_scheduler_type} follows the validation loss; "
                     "add eval_strategy: steps or epoch"
                 )
+        if self.early_stopping_patience and not self.load_best_model_at_end:
+            raise ValueError(
+                "early_stopping_patience stops once the best checkpoint is past; add load_best_model_at_end: true"
+            )
+        if self.early_stopping_threshold and not self.early_stopping_patience:
+            raise ValueError("early_stopping_threshold does nothing without early_stopping_patience")
         if self.load_best_model_at_end:
             self._saves_what_it_measures()
         if not self.dataloader_num_workers:
@@ -558,6 +577,8 @@ class Recipe(Section):
                 f"evaluate.metric: {self.metric} is not measured for task: {self.task}; "
                 f"choose {' or '.join(METRICS[self.task])}"
             )
+        if "accuracy" in (self.train.metric_for_best_model or "") and self.task != "classification":
+            raise ValueError(f"train.metric_for_best_model: accuracy needs task: classification, not {self.task}")
         if self.train.eval_strategy != "no" and self.data.validation is None:
             raise ValueError(
                 "train.eval_strategy measures the loss on data.validation, which is not set; name its rows"
@@ -581,7 +602,7 @@ class Recipe(Section):
     @property
     def learning_rate(self) -> float:
         given = self.train.learning_rate
-        return given if given is not None else {"lora": 2e-4, "full": 2e-5}[self.train.method]
+        return given if given is not None else default_rate(self.train.method)
 
     @property
     def endpoint_name(self) -> str:
@@ -594,6 +615,11 @@ class Recipe(Section):
     def fingerprint(self) -> str:
         """sha256 of everything asked for (hex); two recipes that ask the same have the same."""
         return hashlib.sha256(json.dumps(self.model_dump(mode="json"), sort_keys=True).encode()).hexdigest()
+
+
+def default_rate(method: str) -> float:
+    """The peak learning rate of a method where the recipe names none."""
+    return 2e-5 if method == "full" else 2e-4
 
 
 def load(path: Path, overrides: Iterable[str] = ()) -> Recipe:

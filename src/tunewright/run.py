@@ -168,7 +168,7 @@ class Run:
 
     def trained(self, method: str) -> Path:
         """Where training leaves its weights: an adapter or a whole model."""
-        return self.path / "train" / ("adapter" if method == "lora" else "model")
+        return self.path / "train" / ("model" if method == "full" else "adapter")
 
     def log_file(self, stage: str) -> Path:
         """What the stage's process printed."""
@@ -209,6 +209,12 @@ class Run:
 
     def resolved(self) -> dict[str, Any]:
         return self.manifest("check")
+
+    @property
+    def method(self) -> str:
+        """How this run trains: `auto` is settled by `check`."""
+        method: str = self.resolved()["train"]["method"]
+        return method
 
     # --- state ---
 

@@ -201,6 +201,7 @@ def plan(planned: dict[str, Any]) -> None:
         f"{tokens['test']:,} in the test set"
     )
     out.print(f"time     {_duration(low)} to {_duration(high)}, guessed from this machine's matrix products")
+    out.print(f"method   {planned['method']}: {planned['why']['method']}", markup=False)
     out.print(f"memory   about {planned['memory_bytes'] / 1e9:.1f} GB")
     out.print(f"disk     about {planned['disk_bytes'] / 1e9:.1f} GB")
     cost = planned["cost"]

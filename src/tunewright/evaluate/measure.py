@@ -61,8 +61,8 @@ def evaluate(run: Run, tracker: Tracker) -> None:
 def tuned_model(run: Run, recipe: Recipe, ref: ModelRef, tokenizer: Any) -> Any:
     """What training left, as one model; an adapter is merged just as packaging merges it."""
     device = run.resolved()["device"]
-    trained = run.trained(recipe.train.method)
-    if recipe.train.method == "full":
+    trained = run.trained(run.method)
+    if run.method == "full":
         return models.load_folder(trained, device=device)
     base = models.load_model(ref, device=device)
     models.grow(base, len(tokenizer))

@@ -92,8 +92,8 @@ def package(run: Run, tracker: Tracker) -> None:
 
 def _trained(run: Run, recipe: Recipe, ref: ModelRef, tokenizer: Any) -> Any:
     """The model as training left it: for LoRA, the adapter beside its base, not merged."""
-    trained = run.trained(recipe.train.method)
-    if recipe.train.method == "full":
+    trained = run.trained(run.method)
+    if run.method == "full":
         return models.load_folder(trained)
     from peft import PeftModel
 
@@ -105,8 +105,8 @@ def _trained(run: Run, recipe: Recipe, ref: ModelRef, tokenizer: Any) -> Any:
 
 def _write_model(run: Run, recipe: Recipe, ref: ModelRef, tokenizer: Any, equipment: Equipment) -> None:
     """package/model: one model that plain `from_pretrained` loads, its tokenizer and chat template beside it."""
-    trained = run.trained(recipe.train.method)
-    if recipe.train.method == "full":
+    trained = run.trained(run.method)
+    if run.method == "full":
         model = models.load_folder(trained)
     else:
         base = models.load_model(ref)

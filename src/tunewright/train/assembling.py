@@ -19,8 +19,8 @@ import torch
 from torch.utils.data import Dataset, Sampler
 from transformers.trainer_pt_utils import get_length_grouped_indices
 
+from tunewright import attention
 from tunewright.chat import Rendering
-from tunewright.train import attention
 
 Layout = Literal["flat", "padded", "plain"]
 """flat: end to end; padded: a rectangle; plain: a rectangle, and the loss by the model's own forward."""

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, TrainingArguments
 
 from tunewright.errors import RecipeError, StageError
 from tunewright.recipe import Recipe
@@ -34,6 +34,10 @@ OURS = {
     "batch_size",
     "max_length",
     "tokens_per_forward",
+    "adapter",
+    "bf16",
+    "early_stopping_patience",
+    "early_stopping_threshold",
     "lora",
     "warmup_ratio",
     "save_total_limit",
@@ -41,6 +45,10 @@ OURS = {
     "gradient_checkpointing_kwargs",
 }
 """Keys of the recipe's `train` that are not handed to TrainingArguments under their own name."""
+
+
+SHOWN = 5
+"""Rows that an error names; events.jsonl names all."""
 
 
 def begin(run: Run) -> Path | None:
@@ -91,7 +99,8 @@ def arguments(
     given |= {
         "output_dir": str(run.checkpoints),
         "num_train_epochs": train.epochs,
-        "learning_rate": recipe.learning_rate,
+        "learning_rate": run.resolved()["learning_rate"],
+        "bf16": run.resolved()["train"]["bf16"],
         "per_device_train_batch_size": train.batch_size,
         "use_cpu": device == "cpu",
         "dataloader_pin_memory": train.dataloader_pin_memory and device != "cpu",
@@ -103,6 +112,8 @@ def arguments(
         "logging_nan_inf_filter": False,
         **more,
     }
+    if run.method == "qlora" and device != "cuda":
+        raise RecipeError("train: qlora needs a CUDA GPU, and this machine has none; use lora")
     if train.fp16 and device == "cpu":
         raise RecipeError("train: fp16 needs a GPU, and this machine has none; leave it out")
     try:
@@ -125,7 +136,12 @@ class Exact(Trainer):
         self.began = time.monotonic() - (checkpoints.facts(start)["seconds"] if start else 0.0)
         self.tracked_to: dict[str, int] = {}
         self.control: Any
+        self.patience: EarlyStoppingCallback | None = None
         super().__init__(**options)
+        train = self.recipe.train
+        if train.early_stopping_patience is not None:
+            self.patience = EarlyStoppingCallback(train.early_stopping_patience, train.early_stopping_threshold)
+            self.add_callback(self.patience)
 
     @property
     def seconds(self) -> float:
@@ -136,6 +152,14 @@ class Exact(Trainer):
         loss = super().training_step(*given, **options)
         self.refuse_nan("loss", loss, self.state.global_step + 1)
         return loss
+
+    def sealed_facts(self) -> dict[str, Any]:
+        """What else a resumed run has to know."""
+        return {"no_better": self.patience.early_stopping_patience_counter if self.patience else 0}
+
+    def _is_past_the_best(self) -> bool:
+        patience = self.patience
+        return patience is not None and patience.early_stopping_patience_counter >= patience.early_stopping_patience
 
     def rows_at_work(self) -> list[str]:
         """Where the rows come from (file:line) that the last forward was given; empty where a method does not say."""
@@ -159,12 +183,20 @@ class Exact(Trainer):
         return self.tracked_to[key]
 
     def refuse_nan(self, what: str, value: Any, step: int) -> None:
-        if torch.isfinite(value):
-            return
+        if not torch.isfinite(value):
+            self.stop(what, f"is {float(value)}", step)
+
+    def stop(self, what: str, how: str, step: int) -> None:
+        """Stop for good: says the step, the rows that were at work, and the checkpoint that is left."""
         last = checkpoints.latest(self.run.checkpoints)
         where = f"the last whole checkpoint is {last.name}" if last else "there is no checkpoint yet"
+        sources = list(dict.fromkeys(self.rows_at_work()))
+        self.run.event("train", "diverged", step=step, value=what, how=how, rows=sources)
+        more = f" and {len(sources) - SHOWN} more" if len(sources) > SHOWN else ""
+        rows = f" (rows {', '.join(sources[:SHOWN])}{more})" if sources else ""
         raise StageError(
-            f"training: the {what} is {float(value)} at step {step}; {where}. Lower train.learning_rate and start again"
+            f"training: the {what} {how} at step {step}{rows}; {where}. Look at these rows, or lower "
+            "train.learning_rate, and start again"
         )
 
     def refuse_broken_weights(self) -> None:
@@ -179,7 +211,9 @@ class Exact(Trainer):
             self._tr_loss += sealed["loss_since_log"]
             self._globalstep_last_logged = sealed["logged_at"]
             self.start = None
-        if self.state.global_step >= self.state.max_steps:
+            if self.patience is not None:
+                self.patience.early_stopping_patience_counter = sealed["no_better"]
+        if self.state.global_step >= self.state.max_steps or self._is_past_the_best():
             self.control.should_training_stop = True
             return
         super()._run_epoch(**options)
@@ -197,6 +231,7 @@ class Exact(Trainer):
             seconds=self.seconds,
             loss_since_log=self._tr_loss.item(),
             logged_at=self._globalstep_last_logged,
+            **self.sealed_facts(),
         )
         checkpoints.rotate(
             Path(self.args.output_dir), self.recipe.train.save_total_limit, best=self.state.best_model_checkpoint
@@ -266,7 +301,7 @@ def _save(
 ) -> None:
     """The trained weights, then train/manifest.json."""
     trainer.refuse_broken_weights()
-    target = run.trained(recipe.train.method)
+    target = run.trained(run.method)
     fresh = target.with_name(f".{target.name}.new")
     shutil.rmtree(fresh, ignore_errors=True)
     write_weights(trainer.model, fresh)
@@ -275,7 +310,7 @@ def _save(
     model = trainer.model
     losses = [entry["loss"] for entry in run.metrics() if "loss" in entry]
     manifest = {
-        "method": recipe.train.method,
+        "method": run.method,
         "steps": trainer.state.global_step,
         "epochs": trainer.state.epoch,
         "examples": len(trainer.train_dataset),

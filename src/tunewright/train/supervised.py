@@ -8,19 +8,22 @@ from __future__ import annotations
 
 import contextlib
 import math
+import sys
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from transformers import set_seed
 
-from tunewright import chat, models
+from tunewright import attention, chat, models
+from tunewright.chat import Rendering
 from tunewright.data import prepare
-from tunewright.errors import DataError
+from tunewright.errors import DataError, StageError
 from tunewright.generate import LocalCompleter
 from tunewright.models import ModelRef
 from tunewright.run import Run
 from tunewright.tracking import Tracker
-from tunewright.train import attention, exact, losses
+from tunewright.train import checkpoints, exact, losses
 from tunewright.train.assembling import (
     Layout,
     LengthGrouped,
@@ -33,9 +36,6 @@ from tunewright.train.assembling import (
 )
 from tunewright.train.exact import Exact
 from tunewright.train.weights import trainable
-
-TOKENS_PER_FORWARD = {"cpu": 4096, "cuda": 16384, "mps": 4096}
-"""Tokens of one forward and backward, where the recipe does not say."""
 
 
 def fit(run: Run, tracker: Tracker) -> None:
@@ -65,7 +65,7 @@ def fit(run: Run, tracker: Tracker) -> None:
         recipe, run, device, per_device_train_batch_size=together, gradient_accumulation_steps=1
     )
     set_seed(recipe.train.seed)
-    model = trainable(recipe, ref, tokenizer, equipment, device)
+    model = trainable(run, ref, tokenizer, equipment, device)
     layout = settle(model, len(tokenizer), resolved["max_length"])
     start = exact.begin(run)
     if start:
@@ -83,8 +83,9 @@ def fit(run: Run, tracker: Tracker) -> None:
         tracker=tracker,
         layout=layout,
         pad_id=equipment.pad_id,
-        budget=recipe.train.tokens_per_forward or TOKENS_PER_FORWARD[device],
+        budget=resolved["train"]["tokens_per_forward"],
         completer=LocalCompleter(model, tokenizer, equipment, batch_rows=recipe.train.per_device_eval_batch_size),
+        labels=run.manifest("prepare")["labels"],
         start=start,
     )
     exact.drive(trainer, watch, tokens=int(rows.store.lengths.sum()), layout=layout)
@@ -93,13 +94,27 @@ def fit(run: Run, tracker: Tracker) -> None:
 class SupervisedTrainer(Exact):
     """One step: its rows into bins, forward and backward for each, and Trainer steps the optimizer."""
 
-    def __init__(self, *, layout: Layout, pad_id: int, budget: int, completer: LocalCompleter, **options: Any) -> None:
+    def __init__(
+        self,
+        *,
+        layout: Layout,
+        pad_id: int,
+        budget: int,
+        completer: LocalCompleter,
+        labels: Sequence[str] | None,
+        **options: Any,
+    ) -> None:
         self.layout = layout
         self.pad_id = pad_id
         self.budget = budget
         self.completer = completer
+        self.labels = labels
         self.at_work: list[Row] = []
+        self.smooth_loss: float | None = None
+        self.highest_loss = math.inf
         super().__init__(**options)
+        if self.start is not None:
+            self.budget = checkpoints.facts(self.start)["tokens_per_forward"]
         trained = sum(weight.numel() for weight in self.model.parameters() if weight.requires_grad)
         weights = sum(weight.numel() for weight in self.model.parameters())
         self.flops_per_token: int = 4 * weights + 2 * trained
@@ -108,9 +123,24 @@ class SupervisedTrainer(Exact):
         """Loss per target of one optimizer step; its gradients are added up.
 
         `num_items_in_batch` is the number of targets of the step, on all devices: each counts the same, whichever bin
-        or device it falls to.
+        or device it falls to. Where the memory does not suffice, the bins are made smaller and the step begins again.
         """
         rows: list[Row] = inputs["rows"]
+        random_state = _random_state()
+        while True:
+            try:
+                loss = self._step(model, rows, num_items_in_batch)
+                break
+            except RuntimeError as error:
+                if not _is_out_of_memory(error):
+                    raise
+            self._make_smaller(model, rows)  # here, where the error no longer holds the step's tensors
+            _set_random_state(random_state)
+        self._refuse_explosion(float(loss))
+        return loss
+
+    def _step(self, model: Any, rows: Sequence[Row], num_items_in_batch: Any) -> torch.Tensor:
+        """Forward and backward for each bin."""
         bins = into_bins([len(row.ids) for row in rows], self.budget, layout=self.layout)
         total = torch.zeros((), device=self.args.device)
         for number, held in enumerate(bins, start=1):
@@ -119,20 +149,69 @@ class SupervisedTrainer(Exact):
             last = number == len(bins)
             with contextlib.nullcontext() if last else self.accelerator.no_sync(model):
                 total += super().training_step(model, batch, num_items_in_batch)
+        self.at_work = list(rows)
         return total
 
+    def _make_smaller(self, model: Any, rows: Sequence[Row]) -> None:
+        """Half the tokens in a forward, so about twice as many forwards for a step: the same sums in other pieces."""
+        lengths = [len(row.ids) for row in rows]
+        largest = max(sum(lengths[place] for place in held) for held in into_bins(lengths, self.budget))
+        step, longest = self.state.global_step + 1, max(lengths)
+        if largest <= longest or self.args.world_size > 1:
+            what = f"a forward of {largest} tokens" + ("" if self.args.world_size > 1 else ", one row,")
+            raise StageError(
+                f"training: out of memory at step {step}: {what} does not fit. Set train.gradient_checkpointing: true, "
+                "train.method: lora, a smaller train.tokens_per_forward or train.max_length, and run the same command"
+            )
+        self.budget = max(longest, largest // 2)
+        model.zero_grad()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        self.run.event("train", "out of memory", step=step, tokens=largest, tokens_per_forward=self.budget)
+        print(
+            f"out of memory at step {step} with {largest} tokens in a forward; going on with {self.budget} and more "
+            "forwards a step, which does not change the result",
+            file=sys.stderr,
+        )
+
+    def _refuse_explosion(self, loss: float) -> None:
+        """Stop where the loss, smoothed over about ten steps, is twice that of guessing or of the first step."""
+        if self.smooth_loss is None:
+            guessing = math.log(self.model.config.get_text_config().vocab_size)
+            self.smooth_loss, self.highest_loss = loss, 2 * max(guessing, loss)
+        self.smooth_loss += 0.1 * (loss - self.smooth_loss)
+        if self.smooth_loss > self.highest_loss:
+            self.stop("loss", f"has risen to {loss:.2f}", self.state.global_step + 1)
+
     def evaluate(self, eval_dataset: Any = None, *_: Any, **__: Any) -> dict[str, float]:
-        """Mean loss over the validation rows' targets, each target counting the same."""
+        """Mean loss over the validation rows' targets, each target counting the same; for classes, also the accuracy
+        by label scores, as the evaluation after training has it."""
         rows: Rows = eval_dataset or self.eval_dataset
+        renderings = [rows.store[row] for row in range(len(rows))]
         self.model.eval()
-        results = self.completer.losses([rows.store[row] for row in range(len(rows))])
+        results = self.completer.losses(renderings)
+        accuracy = {} if self.labels is None else {"eval_accuracy": self._accuracy(renderings, self.labels)}
         self.model.train()
         loss = sum(total for total, _ in results) / sum(count for _, count in results)
         self.refuse_nan("validation loss", torch.tensor(loss), self.state.global_step)
-        metrics = {"eval_loss": loss, "eval_perplexity": math.exp(min(loss, 700.0))}
+        metrics = {"eval_loss": loss, "eval_perplexity": math.exp(min(loss, 700.0)), **accuracy}
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
+
+    def _accuracy(self, renderings: Sequence[Rendering], labels: Sequence[str]) -> float:
+        """Share of the rows whose own label has the highest score."""
+        tree = self.completer.tree(labels)
+        prompts = [one.ids[: one.mask.index(True)] for one in renderings]
+        scores = self.completer.score(prompts, tree)
+        right = 0
+        for one, row in zip(renderings, scores, strict=True):
+            best = max(range(len(labels)), key=row.__getitem__)
+            right += [tree.tokens[node] for node in tree.paths[best]] == one.ids[one.mask.index(True) :]
+        return right / len(renderings)
+
+    def sealed_facts(self) -> dict[str, Any]:
+        return super().sealed_facts() | {"tokens_per_forward": self.budget}
 
     def rows_at_work(self) -> list[str]:
         return [self.train_dataset.store.source(row.number) for row in self.at_work]
@@ -146,6 +225,21 @@ class SupervisedTrainer(Exact):
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
         """Of the matrix products: twice the weights a token forward, and four or two times as much backward."""
         return self.flops_per_token * sum(len(row.ids) for row in inputs["rows"])
+
+
+def _random_state() -> list[torch.Tensor]:
+    return [torch.get_rng_state(), *(torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [])]
+
+
+def _set_random_state(state: list[torch.Tensor]) -> None:
+    torch.set_rng_state(state[0])
+    if len(state) > 1:
+        torch.cuda.set_rng_state_all(state[1:])
+
+
+def _is_out_of_memory(error: RuntimeError) -> bool:
+    """On a GPU torch has an error of its own; on a CPU it is known by its words alone."""
+    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
 
 
 def settle(model: Any, vocab_size: int, max_length: int) -> Layout:

@@ -11,18 +11,26 @@ from tunewright.chat import Equipment
 from tunewright.errors import RecipeError
 from tunewright.generate import savable
 from tunewright.models import ModelRef
-from tunewright.recipe import Recipe
+from tunewright.run import Run
 
 
-def trainable(recipe: Recipe, ref: ModelRef, tokenizer: Any, equipment: Equipment, device: str) -> Any:
-    """The base's weights, or the base with a fresh adapter; room made for tokens that it lacks."""
-    model = models.load_model(ref, device=device)
+def trainable(run: Run, ref: ModelRef, tokenizer: Any, equipment: Equipment, device: str) -> Any:
+    """The base's weights, or the base with an adapter, a fresh one or an earlier run's; room made for tokens that the
+    base lacks.
+
+    Raises:
+        RecipeError: the adapter does not fit this base.
+    """
+    train = run.recipe().train
+    model = models.load_in_4_bits(ref) if run.method == "qlora" else models.load_model(ref, device=device)
     models.grow(model, len(tokenizer))
-    if recipe.train.method == "full":
+    if run.method == "full":
         return model.train()
+    if train.adapter is not None:
+        return _earlier(model, models.find_adapter(train.adapter)).train()
     from peft import LoraConfig, get_peft_model
 
-    lora = recipe.train.lora
+    lora = train.lora
     named = [lora.target_modules] if isinstance(lora.target_modules, str) else list(lora.target_modules)
     targets = "all-linear" if named == ["all-linear"] else named  # any other string PEFT would take as a pattern
     config = LoraConfig(
@@ -57,6 +65,27 @@ def write_weights(model: Any, folder: Path) -> None:
 def sha256(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _earlier(model: Any, adapter: Path) -> Any:
+    from peft import PeftModel
+    from safetensors import safe_open
+
+    try:
+        with models.quiet():
+            loaded = PeftModel.from_pretrained(model, str(adapter), is_trainable=True)
+    except (ValueError, RuntimeError, OSError) as error:
+        said = str(error).splitlines()[0]
+        raise RecipeError(f"train.adapter: {adapter} does not fit this base: {said}") from error
+    with safe_open(str(adapter / "adapter_model.safetensors"), "pt") as file:
+        stored = len(file.keys())
+    trained = sum(weight.requires_grad for weight in loaded.parameters())
+    if stored != trained:
+        raise RecipeError(
+            f"train.adapter: {adapter} holds {stored} matrices and {trained} of them have a place in this base; it was "
+            "made for another"
+        )
+    return loaded
 
 
 def _new_rows(model: Any, tokens: list[int]) -> dict[str, list[int]] | None:
