@@ -1,4 +1,4 @@
-"""`make bench`: all benchmarks, or those named (`python -m bench training`). Prints Markdown tables."""
+"""`make bench`: all benchmarks, or those named (`python -m bench train`). Prints Markdown tables."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ import sys
 
 import torch
 
-from bench import scoring, training
+from bench import scoring, train
 
-BENCHMARKS = {"training": training.main, "scoring": scoring.main}
+BENCHMARKS = {"train": train.main, "scoring": scoring.main}
 
 
 def main(names: list[str]) -> None:

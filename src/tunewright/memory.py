@@ -24,7 +24,7 @@ LIBRARIES = 700_000_000
 """Bytes that torch, Transformers and the rest hold in the process before any weight is loaded."""
 HEAD_SLICE = 2**24 * 4 * 2
 """Bytes of the logits that exist at one time, with their gradients."""
-TOKENS_PER_FORWARD = {"cpu": 4096, "cuda": 16384, "mps": 4096}
+TOKENS_PER_FORWARD = {"cpu": 2048, "cuda": 16384, "mps": 4096}
 """Tokens of one forward and backward, where the recipe does not say."""
 BF16_PAYS = 1_000_000
 """Weights of a model from which casting costs less than the faster products win."""

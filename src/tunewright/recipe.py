@@ -235,7 +235,7 @@ class Train(Section):
 
     tokens_per_forward: int | None = Field(default=None, ge=1)
     """Tokens that one forward and backward takes at most (a longer row goes alone). The rows of a step are spread over
-    as many forwards as that needs; the result is the same, the memory is not. Default: 4,096 on a CPU, 16,384 on a
+    as many forwards as that needs; the result is the same, the memory is not. Default: 2,048 on a CPU, 16,384 on a
     GPU."""
 
     max_steps: int = Field(default=-1, ge=-1)

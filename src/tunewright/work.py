@@ -30,8 +30,11 @@ def main(arguments: list[str] | None = None) -> int:
     given = parser.parse_args(arguments)
     run = Run.open(given.run)
     stage: str = "deploy" if given.stage == "serve" else given.stage
-    run.lock_file(stage).parent.mkdir(exist_ok=True)
-    lock = os.open(run.lock_file(stage), os.O_RDWR | os.O_CREAT, 0o644)
+    lock_file = run.lock_file(stage)
+    if (rank := int(os.environ.get("RANK", 0))) > 0:  # several processes train together; each has a lock of its own
+        lock_file = lock_file.with_name(f"{lock_file.name}.{rank}")
+    lock_file.parent.mkdir(exist_ok=True)
+    lock = os.open(lock_file, os.O_RDWR | os.O_CREAT, 0o644)
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -86,6 +89,9 @@ def train(run: Run) -> None:
     from tunewright import tracking
     from tunewright.train import supervised
 
+    if int(os.environ.get("RANK", 0)) > 0:
+        supervised.fit(run, tracking.Tracker(run))  # the first process tells MLflow
+        return
     with tracking.attach(run) as tracker:
         tracker.params(_flat(run.recipe().model_dump(mode="json", exclude={"tracking"})))
         tracker.params(

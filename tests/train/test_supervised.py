@@ -309,7 +309,9 @@ def test_a_loss_that_is_no_number_stops_with_step_and_checkpoint(
 ) -> None:
     run = prepare(train={"method": "full", "learning_rate": 1e30, "max_steps": 20, "batch_size": 4} | logging | save)
     last = "checkpoint-1" if save else "there is no checkpoint yet"
-    with pytest.raises(StageError, match=rf"is (nan|inf) at step \d; .*{last}.*learning_rate"):
+    with pytest.raises(
+        StageError, match=rf"is (nan|inf) at step \d \(rows .*train.jsonl:\d+, .*\); .*{last}.*learning_rate"
+    ):
         fit(run)
     assert not run.manifest_file("train").exists()
     assert all(math.isfinite(loss) for loss in losses(run))

@@ -33,6 +33,9 @@ CANCEL_S = 60
 START_S = 300
 """How long an endpoint has to load its weights."""
 
+OWN_PAGES = 2**20
+"""Bytes from which a child's allocations have memory pages of their own."""
+
 DIRECT = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 """Loopback is never asked through a proxy."""
 STARTED: dict[int, subprocess.Popen[bytes]] = {}
@@ -46,6 +49,9 @@ class Settings(BaseModel):
 
     threads: int | None = Field(default=None, ge=1)
     """Threads for arithmetic. Default: as many as the libraries take."""
+    processes: int = Field(default=1, ge=1)
+    """Processes that train together, one for each GPU (or, without one, sharing the cores); each takes
+    `train.batch_size` rows a step."""
 
 
 class LocalBackend:
@@ -180,7 +186,9 @@ class LocalBackend:
     def _start(self, stage: str, run: Run, arguments: list[str], **facts: str) -> psutil.Process:
         # Threads that spin while they wait make training several times slower when anything else is busy on the
         # machine (docs/benchmarks.md); sleeping costs next to nothing when nothing else is.
-        environment = {"OMP_WAIT_POLICY": "PASSIVE"} | dict(os.environ)
+        # Blocks of the allocator's heap that lie between others are not given back, so a run's memory would grow to
+        # twice what it uses; from this size on each tensor has pages of its own.
+        environment = {"OMP_WAIT_POLICY": "PASSIVE", "MALLOC_MMAP_THRESHOLD_": str(OWN_PAGES)} | dict(os.environ)
         if self.settings.threads:
             environment |= {
                 "OMP_NUM_THREADS": str(self.settings.threads),
@@ -188,9 +196,16 @@ class LocalBackend:
             }
         log = run.log_file(stage)
         log.parent.mkdir(parents=True, exist_ok=True)
+        together = ["torch.distributed.run", "--standalone", f"--nproc-per-node={self.settings.processes}", "-m"]
         with log.open("ab") as output:
             child = subprocess.Popen(
-                [sys.executable, "-m", "tunewright.work", *arguments],
+                [
+                    sys.executable,
+                    "-m",
+                    *(together if stage == "train" and self.settings.processes > 1 else []),
+                    "tunewright.work",
+                    *arguments,
+                ],
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=subprocess.STDOUT,

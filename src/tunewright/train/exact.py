@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import distributed
 from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, TrainingArguments
 
 from tunewright.errors import RecipeError, StageError
@@ -53,13 +54,26 @@ SHOWN = 5
 
 def begin(run: Run) -> Path | None:
     """Clear away what a kill left torn; gives the last whole checkpoint, which training goes on from."""
-    torn = checkpoints.sweep(run.checkpoints)
-    start = checkpoints.latest(run.checkpoints)
-    _rewind(run, checkpoints.step(start) if start else 0)
-    for one in torn:
-        run.event("train", "torn checkpoint removed", checkpoint=one.name)
-    run.event("train", "resumed" if start else "started", step=checkpoints.step(start) if start else 0)
-    return start
+    if is_first():
+        torn = checkpoints.sweep(run.checkpoints)
+        start = checkpoints.latest(run.checkpoints)
+        _rewind(run, checkpoints.step(start) if start else 0)
+        for one in torn:
+            run.event("train", "torn checkpoint removed", checkpoint=one.name)
+        run.event("train", "resumed" if start else "started", step=checkpoints.step(start) if start else 0)
+    meet()
+    return checkpoints.latest(run.checkpoints)
+
+
+def is_first() -> bool:
+    """Whether this is the process that writes, of those that train together."""
+    return not distributed.is_initialized() or distributed.get_rank() == 0
+
+
+def meet() -> None:
+    """Wait until every process that trains along has come here."""
+    if distributed.is_initialized():
+        distributed.barrier()
 
 
 def drive(trainer: Any, watch: Watch, *, tokens: int, **more: Any) -> None:
@@ -78,7 +92,9 @@ def drive(trainer: Any, watch: Watch, *, tokens: int, **more: Any) -> None:
     trainer.tracker.flush()
     if watch.stopping:
         raise InterruptedError(f"stopped at step {trainer.state.global_step} of {trainer.state.max_steps}")
-    _save(trainer.run, trainer.recipe, trainer, trainable, tokens, resumed=start, **more)
+    if is_first():
+        _save(trainer.run, trainer.recipe, trainer, trainable, tokens, resumed=start, **more)
+    meet()
 
 
 def arguments(
@@ -110,6 +126,7 @@ def arguments(
         "label_names": ["labels"],
         "prediction_loss_only": True,
         "logging_nan_inf_filter": False,
+        **({"ddp_backend": "gloo"} if device == "cpu" and "WORLD_SIZE" in os.environ else {}),
         **more,
     }
     if run.method == "qlora" and device != "cuda":
@@ -173,6 +190,8 @@ class Exact(Trainer):
             return
         if not self.args.fp16:  # there, a step whose gradients overflow is left out and the scale is lowered
             self.refuse_nan("gradient's norm", torch.tensor(logs.get("grad_norm", 0.0)), step)
+        if not is_first():
+            return
         append_json(self.run.metrics_file, {"step": step, **logs})
         fresh = {key: value for key, value in logs.items() if key != "epoch" and step > self._tracked_to(key)}
         self.tracker.metrics(fresh, step=step)
@@ -222,7 +241,12 @@ class Exact(Trainer):
         """A checkpoint is sealed once MLflow has it and every number up to it, so a resume has nothing to make up."""
         self.refuse_broken_weights()
         super()._save_checkpoint(model, trial)
-        folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
+        meet()  # each process has written its own part
+        if is_first():
+            self._seal(Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}")
+        meet()
+
+    def _seal(self, folder: Path) -> None:
         self.tracker.flush()
         if self.recipe.tracking.checkpoints:
             self.tracker.checkpoint(folder, [name for name in checkpoints.WEIGHTS if (folder / name).is_file()])
@@ -239,7 +263,7 @@ class Exact(Trainer):
         self.run.event("train", "checkpoint", step=self.state.global_step)
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
-        write_weights(self.model, Path(output_dir or self.args.output_dir))
+        write_weights(self.model, Path(output_dir or self.args.output_dir), state_dict)
 
 
 class Watch(TrainerCallback):
@@ -266,7 +290,7 @@ class Watch(TrainerCallback):
         self._show(state)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        if self.asked_to_stop and state.global_step < state.max_steps:
+        if self._all_stop() and state.global_step < state.max_steps:
             control.should_training_stop = self.stopping = True
         if control.should_save and (control.should_training_stop or state.epoch == int(state.epoch)):
             control.should_save, self.save_later = False, True
@@ -279,7 +303,18 @@ class Watch(TrainerCallback):
         control.should_save = control.should_save or self.save_later or self.stopping
         self.save_later = False
 
+    def _all_stop(self) -> bool:
+        """Whether any of the processes was asked to stop; all of them stop at the same step, or none."""
+        if not distributed.is_initialized():
+            return self.asked_to_stop
+        asked = torch.tensor(int(self.asked_to_stop))
+        asked = asked.cuda() if distributed.get_backend() == "nccl" else asked
+        distributed.all_reduce(asked, distributed.ReduceOp.MAX)
+        return bool(asked.item())
+
     def _show(self, state: Any) -> None:
+        if not is_first():
+            return
         self.shown = time.monotonic()
         losses = (entry["loss"] for entry in reversed(state.log_history) if "loss" in entry)
         last = next(losses, None)

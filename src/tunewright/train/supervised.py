@@ -1,40 +1,29 @@
 """Supervised fine-tuning and continued pretraining: Transformers' Trainer with our batches, checkpoints and log.
 
-One step of training is `SupervisedTrainer.training_step`: `assembling` makes bins of the step's rows, `losses` gives
-the loss on their targets, Trainer clips the gradients and steps the optimizer.
+One step of training is `steps.Steps.training_step`; read on from there.
 """
 
 from __future__ import annotations
 
-import contextlib
 import math
-import sys
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from transformers import set_seed
 
-from tunewright import attention, chat, models
+from tunewright import chat, models
 from tunewright.chat import Rendering
 from tunewright.data import prepare
-from tunewright.errors import DataError, StageError
+from tunewright.errors import DataError
 from tunewright.generate import LocalCompleter
 from tunewright.models import ModelRef
 from tunewright.run import Run
 from tunewright.tracking import Tracker
-from tunewright.train import checkpoints, exact, losses
-from tunewright.train.assembling import (
-    Layout,
-    LengthGrouped,
-    Rendered,
-    Row,
-    Rows,
-    assemble,
-    collate,
-    into_bins,
-)
+from tunewright.train import checkpoints, exact
+from tunewright.train.assembling import LengthGrouped, Rendered, Rows, collate
 from tunewright.train.exact import Exact
+from tunewright.train.steps import Steps, settle
 from tunewright.train.weights import trainable
 
 
@@ -91,88 +80,32 @@ def fit(run: Run, tracker: Tracker) -> None:
     exact.drive(trainer, watch, tokens=int(rows.store.lengths.sum()), layout=layout)
 
 
-class SupervisedTrainer(Exact):
-    """One step: its rows into bins, forward and backward for each, and Trainer steps the optimizer."""
+class SupervisedTrainer(Steps, Exact):
+    """Steps of bins, an exact validation loss, and what `Exact` keeps."""
 
     def __init__(
         self,
         *,
-        layout: Layout,
-        pad_id: int,
-        budget: int,
         completer: LocalCompleter,
         labels: Sequence[str] | None,
         **options: Any,
     ) -> None:
-        self.layout = layout
-        self.pad_id = pad_id
-        self.budget = budget
         self.completer = completer
         self.labels = labels
-        self.at_work: list[Row] = []
         self.smooth_loss: float | None = None
         self.highest_loss = math.inf
         super().__init__(**options)
         if self.start is not None:
             self.budget = checkpoints.facts(self.start)["tokens_per_forward"]
-        trained = sum(weight.numel() for weight in self.model.parameters() if weight.requires_grad)
-        weights = sum(weight.numel() for weight in self.model.parameters())
-        self.flops_per_token: int = 4 * weights + 2 * trained
 
-    def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> torch.Tensor:
-        """Loss per target of one optimizer step; its gradients are added up.
-
-        `num_items_in_batch` is the number of targets of the step, on all devices: each counts the same, whichever bin
-        or device it falls to. Where the memory does not suffice, the bins are made smaller and the step begins again.
-        """
-        rows: list[Row] = inputs["rows"]
-        random_state = _random_state()
-        while True:
-            try:
-                loss = self._step(model, rows, num_items_in_batch)
-                break
-            except RuntimeError as error:
-                if not _is_out_of_memory(error):
-                    raise
-            self._make_smaller(model, rows)  # here, where the error no longer holds the step's tensors
-            _set_random_state(random_state)
+    def training_step(self, *given: Any, **options: Any) -> torch.Tensor:
+        loss = super().training_step(*given, **options)
         self._refuse_explosion(float(loss))
         return loss
 
-    def _step(self, model: Any, rows: Sequence[Row], num_items_in_batch: Any) -> torch.Tensor:
-        """Forward and backward for each bin."""
-        bins = into_bins([len(row.ids) for row in rows], self.budget, layout=self.layout)
-        total = torch.zeros((), device=self.args.device)
-        for number, held in enumerate(bins, start=1):
-            self.at_work = [rows[place] for place in held]
-            batch = assemble(self.at_work, self.layout, self.pad_id)
-            last = number == len(bins)
-            with contextlib.nullcontext() if last else self.accelerator.no_sync(model):
-                total += super().training_step(model, batch, num_items_in_batch)
-        self.at_work = list(rows)
-        return total
-
-    def _make_smaller(self, model: Any, rows: Sequence[Row]) -> None:
-        """Half the tokens in a forward, so about twice as many forwards for a step: the same sums in other pieces."""
-        lengths = [len(row.ids) for row in rows]
-        largest = max(sum(lengths[place] for place in held) for held in into_bins(lengths, self.budget))
-        step, longest = self.state.global_step + 1, max(lengths)
-        if largest <= longest or self.args.world_size > 1:
-            what = f"a forward of {largest} tokens" + ("" if self.args.world_size > 1 else ", one row,")
-            raise StageError(
-                f"training: out of memory at step {step}: {what} does not fit. Set train.gradient_checkpointing: true, "
-                "train.method: lora, a smaller train.tokens_per_forward or train.max_length, and run the same command"
-            )
-        self.budget = max(longest, largest // 2)
-        model.zero_grad()
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
+    def say_smaller(self, step: int, largest: int) -> None:
         self.run.event("train", "out of memory", step=step, tokens=largest, tokens_per_forward=self.budget)
-        print(
-            f"out of memory at step {step} with {largest} tokens in a forward; going on with {self.budget} and more "
-            "forwards a step, which does not change the result",
-            file=sys.stderr,
-        )
+        super().say_smaller(step, largest)
 
     def _refuse_explosion(self, loss: float) -> None:
         """Stop where the loss, smoothed over about ten steps, is twice that of guessing or of the first step."""
@@ -221,43 +154,6 @@ class SupervisedTrainer(Exact):
             return super()._get_train_sampler(train_dataset)
         seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
         return LengthGrouped(self.train_dataset, self.args.train_batch_size, seed)
-
-    def floating_point_ops(self, inputs: dict[str, Any]) -> int:
-        """Of the matrix products: twice the weights a token forward, and four or two times as much backward."""
-        return self.flops_per_token * sum(len(row.ids) for row in inputs["rows"])
-
-
-def _random_state() -> list[torch.Tensor]:
-    return [torch.get_rng_state(), *(torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [])]
-
-
-def _set_random_state(state: list[torch.Tensor]) -> None:
-    torch.set_rng_state(state[0])
-    if len(state) > 1:
-        torch.cuda.set_rng_state_all(state[1:])
-
-
-def _is_out_of_memory(error: RuntimeError) -> bool:
-    """On a GPU torch has an error of its own; on a CPU it is known by its words alone."""
-    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
-
-
-def settle(model: Any, vocab_size: int, max_length: int) -> Layout:
-    """How this model's batches are laid: the leanest way that gives the loss of its own forward, tried on it."""
-    inner = model.get_base_model() if hasattr(model, "peft_config") else model
-    flat: Layout = "flat" if attention.fits(inner, vocab_size, max_length) else "padded"
-    ids = torch.randint(vocab_size, (2, min(12, max_length)), generator=torch.Generator().manual_seed(1)).tolist()
-    probe = [Row(number, row, [False] * (len(row) - 2) + [True] * 2) for number, row in enumerate(ids)]
-    batch = {
-        key: value.to(inner.device) if torch.is_tensor(value) else value
-        for key, value in assemble(probe, flat, 0).items()
-    }
-    for narrow in (True, False):
-        detach = losses.attach(inner, narrow=narrow)
-        if losses.agrees(inner, batch):
-            return flat
-        detach()
-    return "plain"
 
 
 def _rows(run: Run, split: str, tokenizer: Any, max_length: int) -> Rows:

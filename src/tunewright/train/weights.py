@@ -49,12 +49,14 @@ def trainable(run: Run, ref: ModelRef, tokenizer: Any, equipment: Equipment, dev
         raise RecipeError(f"train.lora: {error}") from error
 
 
-def write_weights(model: Any, folder: Path) -> None:
+def write_weights(model: Any, folder: Path, state_dict: dict[str, Any] | None = None) -> None:
     """The weights that were trained: an adapter, or a whole model."""
     # Asked to decide for itself, PEFT looks the base up on the hub at every checkpoint. The rows of new tokens are the
     # adapter's own; the embeddings are the base's.
     adapter = hasattr(model, "peft_config")
-    options = {"save_embedding_layers": False} if adapter else {}
+    options: dict[str, Any] = {"save_embedding_layers": False} if adapter else {}
+    if state_dict is not None:  # gathered from the processes that each hold a part
+        options["state_dict"] = state_dict
     if not adapter:
         model.generation_config = savable(model.generation_config)
     with models.quiet():
