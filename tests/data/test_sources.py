@@ -412,7 +412,7 @@ answers = []
 for source in sys.argv[1:]:
     try:
         table = sources.read([source], "data.train", label="label")
-        some = sources.pick(table.rows, [len(table.rows) - 1, 0])
+        some = table.rows.pick([len(table.rows) - 1, 0])
         answers.append({
             "rows": [[row.where, row.fields] for row in table.rows],
             "some": [row.where for row in some],

@@ -10,39 +10,34 @@ Shapes: B rows, T tokens in the longest, K targets in the batch.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any
 
 import torch
 from torch.utils.data import Dataset, Sampler
 from transformers.trainer_pt_utils import get_length_grouped_indices
 
-from tunewright.chat import Example, Rendering
-from tunewright.data import prepare
+from tunewright.chat import Rendering
+from tunewright.data.tokens import TokenStore
 
 
 class Rows(Dataset[Rendering]):
-    """Rendered rows, in their order."""
+    """Rendered rows, in their order: a list of them, or the store on disk that preparation wrote."""
 
     def __init__(self, renderings: Sequence[Rendering]) -> None:
-        self.renderings = list(renderings)
+        self.renderings = renderings
+
+    @property
+    def lengths(self) -> list[int]:
+        """Tokens of each row."""
+        if isinstance(self.renderings, TokenStore):
+            lengths: list[int] = self.renderings.lengths.tolist()
+            return lengths
+        return [len(rendering.ids) for rendering in self.renderings]
 
     def __len__(self) -> int:
         return len(self.renderings)
 
     def __getitem__(self, index: int) -> Rendering:
         return self.renderings[index]
-
-
-def render_all(tokenizer: Any, examples: Sequence[Example], max_length: int) -> list[Rendering]:
-    """Every example's rendering; plain text longer than `max_length` in pieces, so that no token is lost."""
-    renderings = []
-    for example in examples:
-        whole = prepare.render(tokenizer, example)
-        if example.text is None:
-            renderings.append(whole)
-        else:
-            renderings += prepare.pieces(whole, max_length)
-    return renderings
 
 
 class LengthGrouped(Sampler[int]):
@@ -52,7 +47,7 @@ class LengthGrouped(Sampler[int]):
     """
 
     def __init__(self, rows: Rows, batch_size: int, seed: int) -> None:
-        self.lengths = [len(rendering.ids) for rendering in rows.renderings]
+        self.lengths = rows.lengths
         self.batch_size = batch_size
         self.seed = seed
         self.epoch = 0

@@ -20,7 +20,7 @@ from tunewright.models import ModelRef
 from tunewright.run import Run
 from tunewright.tracking import Tracker
 from tunewright.train import exact
-from tunewright.train.assembling import Collator, LengthGrouped, Rows, render_all
+from tunewright.train.assembling import Collator, LengthGrouped, Rows
 from tunewright.train.exact import Exact
 from tunewright.train.weights import trainable
 
@@ -39,8 +39,8 @@ def fit(run: Run, tracker: Tracker) -> None:
     ref = ModelRef.from_dict(resolved["model"])
     tokenizer = models.load_tokenizer(ref)
     equipment = chat.equip(tokenizer)
-    rows = _rows(run, "train", tokenizer, resolved["max_length"])
-    validation = _rows(run, "validation", tokenizer, resolved["max_length"]) if recipe.data.validation else None
+    rows = _rows(run, "train", tokenizer)
+    validation = _rows(run, "validation", tokenizer) if recipe.data.validation else None
     if recipe.train.dataloader_drop_last and len(rows) < recipe.train.batch_size:
         raise DataError(
             f"{len(rows)} training rows do not fill one batch of {recipe.train.batch_size}, and "
@@ -67,7 +67,7 @@ def fit(run: Run, tracker: Tracker) -> None:
         completer=LocalCompleter(model, tokenizer, equipment, batch_rows=recipe.train.per_device_eval_batch_size),
         start=start,
     )
-    exact.drive(trainer, watch, tokens=sum(len(rendering.ids) for rendering in rows.renderings))
+    exact.drive(trainer, watch, tokens=sum(rows.lengths))
 
 
 class SupervisedTrainer(Exact):
@@ -98,9 +98,9 @@ class SupervisedTrainer(Exact):
         return LengthGrouped(self.train_dataset, together, seed)
 
 
-def _rows(run: Run, split: str, tokenizer: Any, max_length: int) -> Rows:
+def _rows(run: Run, split: str, tokenizer: Any) -> Rows:
     """The prepared rows; preparation left out, by name, those that there is nothing to learn from."""
-    renderings = render_all(tokenizer, prepare.examples(run, split), max_length)
-    if not all(any(rendering.mask[1:]) for rendering in renderings):
+    store = prepare.stored(run, split, tokenizer)
+    if not store.targets.all():
         raise DataError(f"{run.data_file(split)}: a row has no token to learn from; prepare the data again")
-    return Rows(renderings)
+    return Rows(store)
