@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import itertools
 import json
+import tempfile
 from collections import Counter
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +20,11 @@ from tunewright import chat, models
 from tunewright import recipe as recipes
 from tunewright.chat import Equipment, Example, Message
 from tunewright.data import prepare
-from tunewright.data.prepare import Assembled, pieces, shuffled, source_fingerprint
+from tunewright.data.findings import Finding
+from tunewright.data.prepare import pieces, shuffled, source_fingerprint
 from tunewright.errors import DataError, ModelError
 from tunewright.models import ModelRef
-from tunewright.run import create, read_json
+from tunewright.run import Run, create, read_json, read_json_lines
 from tunewright.testing import tiny_model
 
 GOOD, BAD = {"text": "lovely", "label": "good"}, {"text": "awful", "label": "bad"}
@@ -51,7 +54,43 @@ def many(count: int, start: int = 0) -> list[dict[str, Any]]:
     return [{"text": f"row {number}", "label": ("good", "bad")[number % 2]} for number in range(start, start + count)]
 
 
-Build = Callable[..., Assembled]
+@dataclass
+class Prepared:
+    """What a run has of its data, read back from its folder."""
+
+    run: Run
+    examples: dict[str, list[Example]]
+    findings: list[Finding]
+    labels: list[str] | None
+    splits: dict[str, dict[str, Any]]
+
+
+def prepared(asked: recipes.Recipe, ref: ModelRef, tokenizer: Any, equipment: Equipment) -> Prepared:
+    """Prepare the data of a new run; what is written is what was found without one."""
+    with tempfile.TemporaryDirectory() as folder:
+        run = create(Path(folder), asked)
+        assembled = prepare.write(run, asked, ref, tokenizer, equipment)
+        checks = run.manifest("prepare")
+        assert checks == json.loads(json.dumps(assembled.checks())) | {"rendering": checks["rendering"]}
+        findings = [Finding(**row) for row in read_json_lines(run.findings_file)]
+        assert list(assembled.findings) == findings
+        examples = {split: prepare.examples(run, split) for split in checks["splits"]}
+        for split, rows in examples.items():
+            store = prepare.stored(run, split, tokenizer)
+            assert list(store) == plainly_rendered(tokenizer, rows, checks["max_length"])
+            assert {store.source(place) for place in range(len(store))} == {row.source for row in rows}
+    alone = prepare.assemble(asked, ref, tokenizer, equipment)
+    assert (alone.checks(), list(alone.findings)) == (assembled.checks(), findings)
+    return Prepared(run, examples, findings, checks["labels"], checks["splits"])
+
+
+def plainly_rendered(tokenizer: Any, rows: Sequence[Example], max_length: int) -> list[chat.Rendering]:
+    """Row by row, as `chat.render` and `pieces` define it."""
+    rendered = [(row, prepare.render(tokenizer, row)) for row in rows]
+    return [piece for row, whole in rendered for piece in ([whole] if row.text is None else pieces(whole, max_length))]
+
+
+Build = Callable[..., Prepared]
 
 
 def recipe(task: str = "classification", max_length: int | None = None, **data: Any) -> recipes.Recipe:
@@ -66,13 +105,13 @@ def build(here: Path, base: tuple[ModelRef, Any, Equipment]) -> Build:
 
     def built(
         train: Sequence[Any], test: Sequence[Any] | None = None, *, task: str = "classification", **options: Any
-    ) -> Assembled:
+    ) -> Prepared:
         write(here / "train.jsonl", train)
         named = {"train": "train.jsonl"}
         if test is not None:
             write(here / "test.jsonl", test)
             named["test"] = "test.jsonl"
-        return prepare.assemble(recipe(task, **named, **options), *base)
+        return prepared(recipe(task, **named, **options), *base)
 
     return built
 
@@ -87,11 +126,11 @@ def texts(examples: Sequence[Example]) -> list[str]:
     return [example.text if example.text is not None else example.messages[-2].content for example in examples]
 
 
-def codes(assembled: Assembled, split: str = "train") -> Counter[str]:
+def codes(assembled: Prepared, split: str = "train") -> Counter[str]:
     return Counter(finding.code for finding in assembled.findings if finding.split == split)
 
 
-def accounted(assembled: Assembled) -> bool:
+def accounted(assembled: Prepared) -> bool:
     """Every row that was read is used or rejected, and each rejected one is named."""
     return all(
         account["read"] == account["used"] + account["rejected"]
@@ -108,7 +147,7 @@ def accounted(assembled: Assembled) -> bool:
 @settings(max_examples=25)
 def test_rows_are_shuffled_as_datasets_shuffles_them(count: int, seed: int) -> None:
     theirs = datasets.Dataset.from_dict({"row": range(count)}).shuffle(seed=seed)
-    assert shuffled(count, seed) == theirs["row"]
+    assert shuffled(count, seed).tolist() == theirs["row"]
 
 
 def test_a_limit_takes_the_rows_that_the_lab_takes(build: Build) -> None:
@@ -322,7 +361,7 @@ def test_every_row_is_used_or_accounted_for(
         named["test"] = write(folder / "test.jsonl", [GOOD, *test])
     asked = recipe(**named, bad_rows="skip", over_length=over_length, limit=limit, max_length=100)
     try:
-        one = prepare.assemble(asked, *base)
+        one = prepared(asked, *base)
     except DataError as error:  # too few rows are left; whatever is raised says where
         assert str(error).startswith(("data.train: ", "data.test: ", str(folder)))  # noqa: PT017
         return
@@ -442,9 +481,10 @@ def test_a_conversation_was_seen_if_its_prompt_was(build: Build) -> None:
 
 def test_what_is_written_is_what_was_assembled(build: Build, here: Path, base: tuple[ModelRef, Any, Equipment]) -> None:
     one = build([GOOD, BAD, LONG, {"text": "", "label": "bad"}], [GOOD, BAD], max_length=100)
-    run = create(here / "runs", recipe(train="train.jsonl"))
+    asked = recipe(train="train.jsonl", test="test.jsonl", max_length=100)
+    run = create(here / "runs", asked)
     for _ in range(2):
-        prepare.write(run, one, equipment=base[2])
+        prepare.write(run, asked, *base)
         assert prepare.examples(run, "train") == one.examples["train"]
         assert prepare.examples(run, "test") == one.examples["test"]
         assert prepare.examples(run, "validation") == []
@@ -465,6 +505,7 @@ def test_what_is_written_is_what_was_assembled(build: Build, here: Path, base: t
         ("seen_in_training", "test.jsonl:1"),
         ("seen_in_training", "test.jsonl:2"),
     ]
+    assert read_json_lines(run.findings_file) == checks["findings"]
     assert read_json(run.manifest_file("prepare")) == checks
 
 
@@ -511,7 +552,7 @@ def test_plain_text_is_used_whole_and_counted_in_pieces(build: Build, base: tupl
 def test_a_file_of_text_ends_once(here: Path, base: tuple[ModelRef, Any, Equipment]) -> None:
     (here / "notes.txt").write_text("one line\n\n" * 1000)
     asked = recipe("pretraining", train="notes.txt", test="notes.txt")
-    one = prepare.assemble(asked, *base)
+    one = prepared(asked, *base)
     assert [example.ends for example in one.examples["train"]] == [False] * (len(one.examples["train"]) - 1) + [True]
     assert "".join(texts(one.examples["train"])) == "one line\n\n" * 1000
 
@@ -546,7 +587,7 @@ def test_a_row_whose_only_turn_to_learn_the_template_rewrites_is_left_out_by_nam
     write(here / "train.jsonl", [row(1), row(0), row(1)])
     write(here / "test.jsonl", [row(1)])
     asked = recipe("chat", train="train.jsonl", test="test.jsonl")
-    found = prepare.assemble(asked, ref, tokenizer, chat.equip(tokenizer))
+    found = prepared(asked, ref, tokenizer, chat.equip(tokenizer))
     assert [(one.code, one.where, one.rejected) for one in found.findings if one.code != "seen_in_training"] == [
         ("nothing_to_learn", "train.jsonl:2", True)
     ]

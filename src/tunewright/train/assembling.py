@@ -10,12 +10,14 @@ Shapes: B rows, T tokens in the longest, K targets in the batch.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 from torch.utils.data import Dataset, Sampler
 from transformers.trainer_pt_utils import get_length_grouped_indices
 
-from tunewright.chat import Rendering
+from tunewright.chat import Example, Rendering
+from tunewright.data import prepare
 from tunewright.data.tokens import TokenStore
 
 
@@ -38,6 +40,18 @@ class Rows(Dataset[Rendering]):
 
     def __getitem__(self, index: int) -> Rendering:
         return self.renderings[index]
+
+
+def render_all(tokenizer: Any, examples: Sequence[Example], max_length: int) -> list[Rendering]:
+    """Every example's rendering; plain text longer than `max_length` in pieces, so that no token is lost."""
+    renderings = []
+    for example in examples:
+        whole = prepare.render(tokenizer, example)
+        if example.text is None:
+            renderings.append(whole)
+        else:
+            renderings += prepare.pieces(whole, max_length)
+    return renderings
 
 
 class LengthGrouped(Sampler[int]):
