@@ -7,9 +7,9 @@ import sys
 
 import torch
 
-from bench import scoring, training
+from bench import preparing, scoring, training
 
-BENCHMARKS = {"training": training.main, "scoring": scoring.main}
+BENCHMARKS = {"training": training.main, "scoring": scoring.main, "preparing": preparing.main}
 
 
 def main(names: list[str]) -> None:

@@ -39,6 +39,7 @@ MIN_PRETRAINING_TOKENS = 2
 BLOCK_ROWS, BLOCK_CHARACTERS = 256, 2**20
 """Rows that are tokenised together: at most so many, and about so many characters."""
 MAX_THREADS = 16
+OWN_THREADS = "TOKENIZERS_PARALLELISM"
 PROGRESS_ROWS = 200
 One = TypeVar("One")
 Other = TypeVar("Other")
@@ -451,7 +452,7 @@ def _side_by_side(work: Callable[[One], Other], items: Iterator[One], threads: i
     if threads == 1:
         yield from map(work, items)
         return
-    with ThreadPoolExecutor(threads, "tokenising") as pool:
+    with _alone(), ThreadPoolExecutor(threads, "tokenising") as pool:
         under_way: deque[Any] = deque()
         for item in items:
             under_way.append(pool.submit(work, item))
@@ -465,6 +466,21 @@ def _threads() -> int:
     """One for each core that this process may use."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return min(cores, MAX_THREADS)
+
+
+@contextlib.contextmanager
+def _alone() -> Iterator[None]:
+    """Keep the tokenizer, which asks at each call, from starting threads of its own under ours: with both, a row takes
+    a quarter more of the processor's time."""
+    before = os.environ.get(OWN_THREADS)
+    os.environ[OWN_THREADS] = "false"
+    try:
+        yield
+    finally:
+        if before is None:
+            os.environ.pop(OWN_THREADS, None)
+        else:
+            os.environ[OWN_THREADS] = before
 
 
 class _Kept:

@@ -42,6 +42,8 @@ class TokenStore(Sequence[Rendering]):
         self.ids, self.mask = _mapped(tokens, IDS), _mapped(mask, MASK)
         self.sequences = _mapped(sequences, SEQUENCE)
         self.ends = np.array(self.sequences["end"])
+        self.lengths = np.diff(self.ends, prepend=0)
+        """Tokens of each sequence."""
         stored = int(self.ends[-1]) if len(self.ends) else 0
         if not len(self.ids) == len(self.mask) == stored:
             raise _damaged(tokens, f"it holds {len(self.ids)} tokens, and {sequences.name} speaks of {stored}")
@@ -77,11 +79,6 @@ class TokenStore(Sequence[Rendering]):
         place = range(len(self))[operator.index(index)]
         start, end = int(self.ends[place - 1]) if place else 0, int(self.ends[place])
         return Rendering(self.ids[start:end].tolist(), self.mask[start:end].view(bool).tolist())
-
-    @property
-    def lengths(self) -> Array:
-        """Tokens of each sequence."""
-        return np.diff(self.ends, prepend=0)
 
     @property
     def targets(self) -> Array:
@@ -147,16 +144,25 @@ def made_by(tokenizer: Any) -> dict[str, str]:
     """sha256 of the tokenizer and of its chat template: ids of another tokenizer or template are not to be used."""
     rust = getattr(tokenizer, "backend_tokenizer", None)
     if rust is None:
-        parts: Any = sorted(tokenizer.get_vocab().items())
-    else:
-        parts = json.loads(rust.to_str())
-        for changing in ("truncation", "padding"):  # each call sets them; none of ours cuts or pads
-            parts.pop(changing, None)
-    whole = json.dumps([type(tokenizer).__name__, parts, tokenizer.eos_token_id], sort_keys=True)
+        parts = json.dumps(tokenizer.get_vocab(), sort_keys=True)
+    elif rust.truncation is None and rust.padding is None:
+        parts = rust.to_str()
+    else:  # each call sets these two; none of ours cuts or pads
+        parts = _uncut(rust)
+    whole = f"{type(tokenizer).__name__} {tokenizer.eos_token_id} {parts}"
     return {
         "tokenizer_sha256": hashlib.sha256(whole.encode()).hexdigest(),
         "template_sha256": hashlib.sha256(tokenizer.chat_template.encode()).hexdigest(),
     }
+
+
+def _uncut(rust: Any) -> str:
+    from tokenizers import Tokenizer
+
+    copy = Tokenizer.from_str(rust.to_str())
+    copy.no_truncation()
+    copy.no_padding()
+    return str(copy.to_str())
 
 
 def _write_header(file: BinaryIO, dtype: np.dtype[Any], count: int) -> None:

@@ -31,8 +31,7 @@ class Rows(Dataset[Rendering]):
     def lengths(self) -> list[int]:
         """Tokens of each row."""
         if isinstance(self.renderings, TokenStore):
-            lengths: list[int] = self.renderings.lengths.tolist()
-            return lengths
+            return [int(length) for length in self.renderings.lengths]
         return [len(rendering.ids) for rendering in self.renderings]
 
     def __len__(self) -> int:
