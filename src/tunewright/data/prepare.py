@@ -187,15 +187,17 @@ def stored(run: Run, split: str, tokenizer: Any) -> TokenStore:
         RunError: the preparation is not done, its files are damaged, or this tokenizer and template make other ids.
     """
     store = TokenStore.open(run, split)
-    made = run.manifest("prepare")["rendering"]
-    differ = [key for key, value in tokens.made_by(tokenizer).items() if made.get(key) != value]
-    with run.data_file(split).open(encoding="utf-8") as file:
-        first = render(tokenizer, Example.from_dict(json.loads(file.readline())))
-    if differ or pieces(first, run.manifest("prepare")["max_length"])[0].ids != store[0].ids:
-        what = differ[0].partition("_")[0] if differ else "rendering"
+    checks = run.manifest("prepare")
+    said = checks["rendering"]
+    differ = next((key for key, made in tokens.made_by(tokenizer).items() if said.get(key) != made), None)
+    if differ is None:  # and the code that renders is that of then
+        with run.data_file(split).open(encoding="utf-8") as file:
+            first = render(tokenizer, Example.from_dict(json.loads(file.readline())))
+        differ = "rendering" if pieces(first, checks["max_length"])[0].ids != store[0].ids else None
+    if differ is not None:
         raise RunError(
-            f"{run.tokens_file(split, 'tokens')}: the tokens were made by another {what} than the one of now; start a "
-            "new run with --fresh"
+            f"{run.tokens_file(split, 'tokens')}: the tokens were made by another {differ.partition('_')[0]} than the "
+            "one of now; start a new run with --fresh"
         )
     return store
 
