@@ -148,6 +148,44 @@ def test_a_json_file_of_something_else_is_refused(here: Path) -> None:
     assert refusal("a.json") == "a.json: holds a string; a .json file holds a list of objects"
 
 
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(), lambda some: st.lists(some, max_size=3)
+)
+
+
+@given(
+    items=st.lists(st.dictionaries(st.text(max_size=3), JSON, max_size=3) | JSON, max_size=6),
+    chunk=st.integers(1, 30),
+    indent=st.none() | st.integers(0, 2),
+    ascii_only=st.booleans(),
+    harm=st.none() | st.tuples(st.integers(0, 300), st.sampled_from(["", " ", ",", "]", "[", "{", "1", "e", '"', "x"])),
+)
+def test_a_list_is_read_item_by_item_as_it_is_read_whole(
+    tmp_path_factory: pytest.TempPathFactory,
+    items: list[Any],
+    chunk: int,
+    indent: int | None,
+    ascii_only: bool,
+    harm: tuple[int, str] | None,
+) -> None:
+    """However its chunks fall, and whatever is wrong with it."""
+    text = json.dumps(items, indent=indent, ensure_ascii=ascii_only)
+    if harm:
+        text = text[: harm[0]] + harm[1] + text[harm[0] + 1 :]
+    path = tmp_path_factory.getbasetemp() / "any.json"
+    path.write_bytes(text.encode())
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sources, "CHUNK", chunk)
+        try:
+            whole: Any = list(sources._read_json(path))
+        except DataError as error:
+            assert refusal(str(path)) == str(error)  # noqa: PT017
+        else:
+            assert repr(list(read([str(path)], "data.train").rows)) == repr(whole)  # NaN is not itself
+            if harm is None and items:
+                assert sources._JsonFile(path).is_list, "else it was read whole"
+
+
 # Tables of text
 
 

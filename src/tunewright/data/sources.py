@@ -47,6 +47,9 @@ KINDS = (
 )
 BATCH = 1000
 """Rows of a hub data set or Parquet file that are read at once."""
+CHUNK = 2**18
+"""Characters of a JSON list that are read at once."""
+SPACE = re.compile(r"[ \t\n\r]*")
 SPOOL_BYTES = 2**25
 """Chosen rows of a file without a way to jump to one wait in memory up to this size, then on disk."""
 HUB = re.compile(
@@ -150,7 +153,7 @@ def read(sources: Sequence[str], key: str, *, label: str | None = None) -> Table
     classes: tuple[str, ...] | None = None
     for source in sources:
         if is_file(source):
-            parts += [_JsonLines(path) if _is_json_lines(path) else _File(path) for path in files(source, key)]
+            parts += [READERS.get(path.suffix.lower(), _File)(path) for path in files(source, key)]
         else:
             dataset = _load_hub(source, key)
             parts.append(_HubRows(source, dataset))
@@ -325,6 +328,30 @@ class _JsonLines(_File):
                 yield _json_line(f"{name}:{number}", _without_ends(file.readline(), number))
 
 
+class _JsonFile(_File):
+    """A .json file; a list is read item by item, once it is known to be one."""
+
+    @functools.cached_property
+    def is_list(self) -> bool:
+        try:
+            for _ in _items(self.path):
+                pass
+        except (ValueError, RecursionError):
+            return False
+        return True
+
+    def __iter__(self) -> Iterator[Row | Broken]:
+        if not self.is_list:
+            yield from _read_json(self.path)
+            return
+        name = shown(self.path)
+        for number, (value, text) in enumerate(_items(self.path), start=1):
+            yield _json_row(f"{name}:item {number}", value, text.encode())
+
+
+READERS: dict[str, type[_File]] = {".jsonl": _JsonLines, ".ndjson": _JsonLines, ".json": _JsonFile}
+
+
 def _ordered(found: Iterator[Row | Broken], chosen: np.ndarray[Any, Any]) -> Iterator[Row | Broken]:
     """Rows that come in the order of their numbers, in the order of `chosen`. They wait in a file without a name."""
     arrival = np.argsort(chosen)
@@ -343,7 +370,7 @@ def _read_file(path: Path) -> Iterator[Row | Broken]:
         case ".jsonl" | ".ndjson":
             yield from _read_json_lines(path)
         case ".json":
-            yield from _read_json_array(path)
+            yield from _read_json(path)
         case ".csv":
             yield from _read_delimited(path, ",")
         case ".tsv":
@@ -352,10 +379,6 @@ def _read_file(path: Path) -> Iterator[Row | Broken]:
             yield from _read_parquet(path)
         case _:
             yield from _read_text(path)
-
-
-def _is_json_lines(path: Path) -> bool:
-    return path.suffix.lower() in (".jsonl", ".ndjson")
 
 
 def _lines(path: Path) -> Iterator[tuple[int, int, bytes]]:
@@ -392,7 +415,8 @@ def _json_line(where: str, line: bytes) -> Row | Broken:
     return _json_row(where, value, line)
 
 
-def _read_json_array(path: Path) -> Iterator[Row | Broken]:
+def _read_json(path: Path) -> Iterator[Row | Broken]:
+    """A list of objects, one object, JSON lines under another name, or what is wrong with the file; read whole."""
     text = _decode(path)
     if not text.strip():
         return
@@ -412,6 +436,61 @@ def _read_json_array(path: Path) -> Iterator[Row | Broken]:
     name, raw = shown(path), text.encode()
     for number, value in enumerate(values, start=1):
         yield _json_row(f"{name}:item {number}", value, raw)
+
+
+def _items(path: Path) -> Iterator[tuple[Any, str]]:
+    """The items of a JSON list, each with its text, without reading the whole of it.
+
+    Raises:
+        ValueError: the file is not one JSON list.
+    """
+    decoder = json.JSONDecoder()
+    with path.open(encoding="utf-8-sig", newline="") as file:
+        text, at, size, ended = "", 0, CHUNK, False
+
+        def see_more() -> None:
+            nonlocal text, at, size, ended
+            read = file.read(size)
+            text, at, ended = text[at:] + read, 0, not read
+            size *= 2  # else an item of many chunks would be begun many times
+
+        def next_sign(place: int) -> int:
+            found = SPACE.match(text, place)
+            assert found is not None
+            return found.end()
+
+        while next_sign(0) == len(text) and not ended:
+            see_more()
+        at, number = next_sign(0) + 1, 0
+        if text[at - 1 : at] != "[":
+            raise ValueError("not a list")
+        while True:
+            at = next_sign(at)
+            if number == 0 and text[at : at + 1] == "]":
+                at += 1
+                break
+            end: int | None = None
+            try:
+                value, stop = decoder.raw_decode(text, at)
+                behind = next_sign(stop)
+                if text[behind : behind + 1] in (",", "]"):
+                    end = behind
+                elif ended:  # else what was read may be the beginning of a longer number
+                    raise ValueError("an item without an end")
+            except ValueError:
+                if ended:
+                    raise
+            if end is None:
+                see_more()
+                continue
+            yield value, text[at:stop]
+            number, at, size = number + 1, end + 1, CHUNK
+            if text[end] == "]":
+                break
+        while not ended:
+            see_more()
+        if text[next_sign(at) :]:
+            raise ValueError("something follows the list")
 
 
 def _json_row(where: str, value: Any, raw: bytes) -> Row | Broken:
