@@ -13,6 +13,7 @@ import itertools
 import json
 import os
 import random
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -45,11 +46,29 @@ def main() -> None:
             f"datasets.map, {cores} processes": lambda: _mapped(where, tokenizer, cores),
             "tunewright": lambda: _prepared(where, tokenizer),
         }
+        spent: dict[str, list[float]] = {rival: [] for rival in rivals}
         title = f"Preparing {ROWS:,} rows of {characters / ROWS:.0f} characters, {name} tokenizer, {cores} cores"
-        seconds = race(rivals)
+        seconds = race({rival: _metered(run, spent[rival]) for rival, run in rivals.items()})
         best = min(list(rivals)[:2], key=lambda rival: sorted(seconds[rival])[len(seconds[rival]) // 2])
         table(title, seconds, unit="rows", count=ROWS, peer=best)
+        print("Processor time of a row, all threads and processes together, in microseconds, which other work on the")
+        print("same cores disturbs less (median, lowest and highest):\n")
+        for rival, times in spent.items():
+            low, middle, high = (1e6 / ROWS * of(times[1:]) for of in (min, statistics.median, max))
+            print(f"- {rival}: {middle:.0f} ({low:.0f} to {high:.0f})")
+        print()
         memory(where, MEMORY_ROWS)
+
+
+def _metered(run: Callable[[], object], spent: list[float]) -> Callable[[], None]:
+    """The same, noting down the processor time that it took."""
+
+    def metered() -> None:
+        before = os.times()
+        run()
+        spent.append(sum(os.times()[:4]) - sum(before[:4]))
+
+    return metered
 
 
 def memory(where: Path, rows: int) -> None:
