@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 import tempfile
+import threading
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -558,6 +559,24 @@ def test_a_preparation_that_fails_leaves_no_manifest_to_vouch_for_old_files(
     with pytest.raises(RunError, match="stage prepare is not done"):
         prepare.stored(run, "train", base[1])
     assert not list((run.path / "data").glob(".*")), "nothing half-written is left"
+
+
+def test_an_interrupted_preparation_leaves_nothing_half_written(
+    here: Path, base: tuple[ModelRef, Any, Equipment], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = recipe(train=write(here / "train.jsonl", many(900)), test=write(here / "test.jsonl", many(4, 900)))
+    run = create(here / "runs", asked)
+    monkeypatch.setattr(prepare, "BLOCK_ROWS", 50)
+    monkeypatch.setenv(prepare.OWN_THREADS, "true")
+
+    def stop(*_: int) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        prepare.write(run, asked, *base, progress=stop)
+    assert not list((run.path / "data").iterdir())
+    assert os.environ[prepare.OWN_THREADS] == "true"
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("tokenising")]
 
 
 @pytest.mark.parametrize("told", [None, "true"])

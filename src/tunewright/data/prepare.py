@@ -14,7 +14,7 @@ import json
 import os
 from array import array
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
@@ -125,9 +125,9 @@ def assemble(
         }
         judge = _Judge(recipe, split, result.findings, account, result.labels, limits, max_length)
         kept = _Kept(max_length)
-        with _writer(run, split, max_length) as put:
-            known = judge.known(judge.shaped(shape, table.rows))
-            for number, (limit, clipped) in enumerate(_clipped(tokenizer, known, judge.limit), start=1):
+        known = judge.known(judge.shaped(shape, table.rows))
+        with _writer(run, split, max_length) as put, contextlib.closing(_clipped(tokenizer, known, judge.limit)) as fit:
+            for number, (limit, clipped) in enumerate(fit, start=1):
                 fitted = judge.fitted(limit, clipped)
                 if fitted is not None:
                     kept.add(*fitted)
@@ -418,7 +418,7 @@ def _over(made: Clipped, limit: int) -> str:
 
 def _clipped(
     tokenizer: Any, examples: Iterator[Example], limit: Callable[[Example], int]
-) -> Iterator[tuple[int, tuple[Example, Clipped | DataError]]]:
+) -> Generator[tuple[int, tuple[Example, Clipped | DataError]], None, None]:
     """Each example with its limit and what `chat.clip` makes of it, in their order; block by block, each block in a
     thread of its own, since the tokenizer lets go of the interpreter's lock."""
 
@@ -432,8 +432,10 @@ def _clipped(
             made = chat.clip_all(tokenizer, block, limits)
         return list(zip(limits, zip(block, made, strict=True), strict=True))
 
-    for block in _side_by_side(work, _blocks(examples), _threads() if tokenizer.is_fast else 1):
-        yield from block
+    blocks = _side_by_side(work, _blocks(examples), _threads() if tokenizer.is_fast else 1)
+    with contextlib.closing(blocks):
+        for block in blocks:
+            yield from block
 
 
 def _blocks(examples: Iterator[Example]) -> Iterator[list[Example]]:
@@ -449,7 +451,7 @@ def _blocks(examples: Iterator[Example]) -> Iterator[list[Example]]:
         yield block
 
 
-def _side_by_side(work: Callable[[One], Other], items: Iterator[One], threads: int) -> Iterator[Other]:
+def _side_by_side(work: Callable[[One], Other], items: Iterator[One], threads: int) -> Generator[Other, None, None]:
     """What `work` makes of each item, in their order, with few items under way at any time."""
     if threads == 1:
         yield from map(work, items)
