@@ -7,9 +7,9 @@ import sys
 
 import torch
 
-from bench import scoring, train
+from bench import preparing, scoring, train
 
-BENCHMARKS = {"train": train.main, "scoring": scoring.main}
+BENCHMARKS = {"train": train.main, "scoring": scoring.main, "preparing": preparing.main}
 
 
 def main(names: list[str]) -> None:

@@ -550,3 +550,88 @@ def test_an_example_s_prompt_and_answer_are_its_messages() -> None:
     one = Example("1", "a:1", (USER, says("yes")))
     assert (one.prompt, one.answer) == ((USER,), "yes")
     assert Example("1", "a:1", text="t").answer == ""
+
+
+# Blocks: many at once, the same as one by one
+
+
+ROLES = st.sampled_from(["system", "user", "assistant", "developer"])
+ANY_MESSAGES = st.lists(st.builds(Message, ROLES, TEXT, st.integers(0, 1)), min_size=1, max_size=5)
+SPECIAL_TEXT = st.lists(TEXT | st.sampled_from(["<|eos|>", "<|endoftext|>", "</s>", *SPECIALS]), max_size=4).map(
+    "".join
+)
+
+
+def or_error(work: Callable[..., Any], *args: Any) -> Any:
+    """What the call gives, or what it says when it refuses."""
+    try:
+        return work(*args)
+    except DataError as error:
+        return str(error)
+
+
+def told(results: Sequence[Any]) -> list[Any]:
+    return [str(one) if isinstance(one, DataError) else one for one in results]
+
+
+@given(block=st.lists(ANY_MESSAGES | conversations(), max_size=5))
+@settings(max_examples=30)
+def test_a_block_of_conversations_is_rendered_as_each_alone(tokenizer: Any, block: list[list[Message]]) -> None:
+    expected = [or_error(render, tokenizer, messages) for messages in block]
+    assert told(chat.render_all(tokenizer, block)) == expected
+
+
+@given(rows=st.lists(st.tuples(ANY_MESSAGES | conversations(), st.integers(4, 60)), max_size=4))
+@settings(max_examples=20)
+def test_a_block_of_examples_is_clipped_as_each_alone(tokenizer: Any, rows: list[tuple[list[Message], int]]) -> None:
+    examples = [Example("a", "a", tuple(messages)) for messages, _ in rows]
+    limits = [limit for _, limit in rows]
+    expected = [or_error(clip, tokenizer, one, limit) for one, limit in zip(examples, limits, strict=True)]
+    assert told(chat.clip_all(tokenizer, examples, limits)) == expected
+
+
+@given(texts=st.lists(st.tuples(SPECIAL_TEXT, st.booleans()), max_size=5))
+@settings(max_examples=30)
+def test_a_block_of_texts_is_rendered_as_each_alone(tokenizer: Any, texts: list[tuple[str, bool]]) -> None:
+    expected = [render_text(tokenizer, text, ends=ends) for text, ends in texts]
+    assert chat.render_texts(tokenizer, [text for text, _ in texts], [ends for _, ends in texts]) == expected
+
+
+@pytest.mark.parametrize("told_to", ["cut", "pad", "split"])
+def test_a_tokenizer_that_was_told_to_cut_pad_or_split_is_asked_the_plain_way(make: Make, told_to: str) -> None:
+    tokenizer = make(CHATML)
+    texts = ["lovely <|im_end|>", "<|im_start|> great fine superb kind"]
+    plain = [chat.encode(tokenizer, text) for text in texts]
+    match told_to:
+        case "cut":
+            tokenizer.backend_tokenizer.enable_truncation(2)
+        case "pad":
+            tokenizer.backend_tokenizer.enable_padding(length=50)
+        case "split":
+            tokenizer.split_special_tokens = True
+            plain = [chat.encode(tokenizer, text) for text in texts]
+            tokenizer.backend_tokenizer.encode_special_tokens = False
+    assert chat.encode_all(tokenizer, texts) == plain
+
+
+def test_a_tokenizer_with_a_way_of_its_own_is_asked_in_that_way(make: Make) -> None:
+    tokenizer = make()
+
+    class Own(type(tokenizer)):  # type: ignore[misc]
+        def _encode_plus(self, text: Any, *args: Any, **options: Any) -> Any:
+            return super()._encode_plus([one.upper() for one in text], *args, **options)
+
+    tokenizer.__class__ = Own
+    assert chat.encode_all(tokenizer, ["abc"]) == chat.encode_all(make(), ["ABC"]) != chat.encode_all(make(), ["abc"])
+
+
+def test_the_default_template_with_more_than_words_is_left_to_jinja(make: Make) -> None:
+    """A message that says more than role and content may be written otherwise some day."""
+
+    class Louder(Message):
+        def to_dict(self) -> dict[str, str]:
+            return super().to_dict() | {"content": self.content.upper(), "name": "x"}
+
+    tokenizer = make()
+    messages = [Louder("user", "a"), Louder("assistant", "B")]
+    assert chat.render_all(tokenizer, [messages]) == [render(tokenizer, messages)]

@@ -177,14 +177,14 @@ def test_progress_is_what_was_said_last(run: Run) -> None:
 
 @contextlib.contextmanager
 def failing_write(error: BaseException, after: int) -> Iterator[None]:
-    """Text files take `after` characters, then fail."""
+    """Files take `after` bytes, then fail."""
     made = os.fdopen
 
     def opened(*args: Any, **options: Any) -> Any:
         file = made(*args, **options)
 
         def write(lines: Any) -> None:
-            file.write("".join(lines)[:after])
+            file.write(b"".join(lines)[:after])
             file.flush()
             raise error
 

@@ -17,7 +17,7 @@ import datetime
 import functools
 import hashlib
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
@@ -36,8 +36,14 @@ DEFAULT_TEMPLATE = (
 )
 """For tokenizers without a template. Every header ends in a line break, where ordinary tokenizers do not merge."""
 
+PLAIN = {"role", "content"}
+"""What a message says that has no more to say than these."""
+
 END_OF_TURN = "<|end_of_turn|>"
 """Added to tokenizers that have no end-of-sequence token at all."""
+
+Text = Callable[[Sequence["Message"], bool], str]
+"""What the template writes for some messages, and whether an assistant's header follows."""
 
 TODAY = datetime.datetime(2024, 7, 26)
 """What a template that writes the date writes, so that tomorrow's prompts are those of training. It is what Llama 3's
@@ -196,6 +202,32 @@ def render(tokenizer: Any, messages: Sequence[Message]) -> Rendering:
     return Rendering(ids, mask)
 
 
+def render_all(tokenizer: Any, conversations: Sequence[Sequence[Message]]) -> list[Rendering | DataError]:
+    """`render` for a block of conversations: the same ids, with few calls of the template and one of the tokenizer.
+
+    Where a conversation cannot be rendered, the error that `render` raises stands in its place.
+    """
+    pieces: list[list[tuple[str, bool]] | DataError] = []
+    for messages, text in zip(conversations, _texts(tokenizer, conversations), strict=True):
+        try:
+            pieces.append(segments(tokenizer, messages, text=text))
+        except DataError as error:
+            pieces.append(error)
+    ids = iter(encode_all(tokenizer, [text for one in pieces if isinstance(one, list) for text, _ in one]))
+    rendered: list[Rendering | DataError] = []
+    for one in pieces:
+        if isinstance(one, DataError):
+            rendered.append(one)
+            continue
+        rendering = Rendering([], [])
+        for _, target in one:
+            piece = next(ids)
+            rendering.ids.extend(piece)
+            rendering.mask.extend([target] * len(piece))
+        rendered.append(rendering)
+    return rendered
+
+
 def render_prompt(tokenizer: Any, messages: Sequence[Message]) -> list[int]:
     """Ids of a conversation that the assistant is to continue: what an endpoint feeds the model."""
     pieces = segments(tokenizer, messages, add_generation_prompt=True)
@@ -214,17 +246,30 @@ def render_answer(tokenizer: Any, equipment: Equipment, answer: str) -> list[int
 
 def render_text(tokenizer: Any, text: str, *, ends: bool) -> Rendering:
     """Ids of a piece of plain text, with loss on all; the end-of-sequence token follows where a document ends."""
-    ids = encode(tokenizer, text)
+    return _plain(tokenizer, encode(tokenizer, text), ends)
+
+
+def render_texts(tokenizer: Any, texts: Sequence[str], ends: Sequence[bool]) -> list[Rendering]:
+    """`render_text` for a block of texts."""
+    encoded = zip(encode_all(tokenizer, texts), ends, strict=True)
+    return [_plain(tokenizer, ids, document_ends) for ids, document_ends in encoded]
+
+
+def _plain(tokenizer: Any, ids: list[int], ends: bool) -> Rendering:
     if ends:
         ids.append(tokenizer.eos_token_id)
     return Rendering(ids, [True] * len(ids))
 
 
 def segments(
-    tokenizer: Any, messages: Sequence[Message], *, add_generation_prompt: bool = False
+    tokenizer: Any, messages: Sequence[Message], *, add_generation_prompt: bool = False, text: Text | None = None
 ) -> list[tuple[str, bool]]:
-    """The conversation's text in pieces; True marks what an assistant says to be learnt, up to its end of turn."""
-    whole = _text(tokenizer, messages, add_generation_prompt)
+    """The conversation's text in pieces; True marks what an assistant says to be learnt, up to its end of turn.
+
+    `text` gives what the template writes for the conversation's beginnings, where that is known already.
+    """
+    text = text or functools.partial(_text, tokenizer)
+    whole = text(messages, add_generation_prompt)
     last = len(messages) - 1
     pieces: list[tuple[str, bool]] = []
     position = 0
@@ -232,8 +277,8 @@ def segments(
         if message.role != "assistant":
             continue
         is_end = number == last and not add_generation_prompt
-        before = _text(tokenizer, messages[:number], True) if number else _greeting(tokenizer)
-        after = whole if is_end else _text(tokenizer, messages[: number + 1], False)
+        before = text(messages[:number], True) if number else _greeting(tokenizer)
+        after = whole if is_end else text(messages[: number + 1], False)
         if not (after.startswith(before) and whole.startswith(after) and len(before) >= position):
             if not is_end:
                 continue  # rewritten later: no loss on this turn
@@ -262,6 +307,30 @@ def encode(tokenizer: Any, text: str) -> list[int]:
     return ids
 
 
+def encode_all(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
+    """`encode` for many texts. Threads may call it side by side: the Rust tokenizer lets go of the interpreter's lock.
+
+    The Rust tokenizer is asked without the places of tokens in the text, which takes a fifth of the time and which
+    nobody here wants, unless the tokenizer has ways of its own or was told to cut, to pad or to split.
+    """
+    from transformers import PreTrainedTokenizerFast
+
+    if not texts:
+        return []
+    rust = getattr(tokenizer, "backend_tokenizer", None)
+    if (
+        rust is None
+        or type(tokenizer)._encode_plus is not PreTrainedTokenizerFast._encode_plus
+        or type(tokenizer).__call__ is not PreTrainedTokenizerFast.__call__
+        or rust.truncation is not None
+        or rust.padding is not None
+        or rust.encode_special_tokens != tokenizer.split_special_tokens
+    ):
+        ids: list[list[int]] = tokenizer(list(texts), add_special_tokens=False, verbose=False).input_ids
+        return ids
+    return [encoding.ids for encoding in rust.encode_batch_fast(list(texts), add_special_tokens=False)]
+
+
 def _encode_each(tokenizer: Any, pieces: Sequence[tuple[str, bool]]) -> list[list[int]]:
     """Each segment's ids by itself, in one call, since a call takes longer than a short text."""
     texts = [text for text, _ in pieces]
@@ -281,7 +350,23 @@ class Clipped:
 
 def clip(tokenizer: Any, example: Example, max_length: int) -> Clipped:
     """The example within `max_length` tokens: the longest prompt messages lose their ends, no answer loses a token."""
-    whole = render(tokenizer, example.messages)
+    return _clip(tokenizer, example, max_length, render(tokenizer, example.messages))
+
+
+def clip_all(tokenizer: Any, examples: Sequence[Example], max_lengths: Sequence[int]) -> list[Clipped | DataError]:
+    """`clip` for a block of examples, each with its own limit; errors of `render` stand in their places."""
+    clipped: list[Clipped | DataError] = []
+    rendered = render_all(tokenizer, [example.messages for example in examples])
+    for example, max_length, whole in zip(examples, max_lengths, rendered, strict=True):
+        try:
+            clipped.append(whole if isinstance(whole, DataError) else _clip(tokenizer, example, max_length, whole))
+        except DataError as error:  # the template refuses what is left
+            clipped.append(error)
+    return clipped
+
+
+def _clip(tokenizer: Any, example: Example, max_length: int, whole: Rendering) -> Clipped:
+    """`clip`, with the rendering of all that there is."""
     if len(whole.ids) <= max_length:
         return Clipped(example, len(whole.ids), whole)
     messages = list(example.messages)
@@ -369,6 +454,74 @@ def _text(tokenizer: Any, messages: Sequence[Message], add_generation_prompt: bo
         roles = ", ".join(message.role for message in messages)
         raise DataError(f"the chat template refuses this conversation ({roles}): {error}") from None
     return text
+
+
+def _texts(tokenizer: Any, conversations: Sequence[Sequence[Message]]) -> list[Text]:
+    """For each conversation, what `segments` will ask of the template, asked for all of them together: a call for one
+    takes twice as long as the template itself."""
+    known: list[dict[tuple[int, bool], str | DataError]] = [{} for _ in conversations]
+    for header in (False, True):
+        asked = [
+            (place, length) for place, messages in enumerate(conversations) for length in _beginnings(messages, header)
+        ]
+        texts = _text_all(tokenizer, [conversations[place][:length] for place, length in asked], header)
+        for (place, length), text in zip(asked, texts, strict=True):
+            known[place][length, header] = text
+
+    def reader(of_one: dict[tuple[int, bool], str | DataError]) -> Text:
+        def text(messages: Sequence[Message], add_generation_prompt: bool) -> str:
+            found = of_one[len(messages), add_generation_prompt]
+            if isinstance(found, DataError):
+                raise found
+            return found
+
+        return text
+
+    return [reader(of_one) for of_one in known]
+
+
+def _beginnings(messages: Sequence[Message], header: bool) -> list[int]:
+    """How many messages each text has that `segments` needs, with or without an assistant's header behind them."""
+    turns = [number for number, message in enumerate(messages) if message.role == "assistant"]
+    if header:
+        return [number for number in turns if number]
+    return sorted({len(messages), *(number + 1 for number in turns)})
+
+
+def _text_all(
+    tokenizer: Any, conversations: Sequence[Sequence[Message]], add_generation_prompt: bool
+) -> list[str | DataError]:
+    """`_text` of each, or its error."""
+    from jinja2 import TemplateError
+
+    plain = [[message.to_dict() for message in messages] for messages in conversations]
+    if tokenizer.chat_template in _defaults() and all(message.keys() == PLAIN for one in plain for message in one):
+        return [_default_text(tokenizer, one, add_generation_prompt) for one in plain]
+    try:
+        if not all(plain):
+            raise ValueError("a conversation without messages")
+        texts: list[str | DataError] = tokenizer.apply_chat_template(
+            plain, tokenize=False, add_generation_prompt=add_generation_prompt
+        )
+        return texts
+    except (TemplateError, ValueError):  # one of them: which, and what it says
+        return [_text_or_error(tokenizer, messages, add_generation_prompt) for messages in conversations]
+
+
+def _default_text(tokenizer: Any, messages: Sequence[dict[str, str]], add_generation_prompt: bool) -> str:
+    """What the default template writes, without Jinja, which takes ten times as long."""
+    text = tokenizer.bos_token if "bos_token" in tokenizer.chat_template else ""
+    for message in messages:
+        end = tokenizer.eos_token if message["role"] == "assistant" else ""
+        text += f"{message['role'].capitalize()}:\n{message['content']}{end}\n"
+    return text + "Assistant:\n" if add_generation_prompt else text
+
+
+def _text_or_error(tokenizer: Any, messages: Sequence[Message], add_generation_prompt: bool) -> str | DataError:
+    try:
+        return _text(tokenizer, messages, add_generation_prompt)
+    except DataError as error:
+        return error
 
 
 def _greeting(tokenizer: Any) -> str:

@@ -178,7 +178,7 @@ class Data(Section):
     """How rows are held out where no test set is named."""
     over_length: Literal["truncate", "drop", "error"] = "truncate"
     """What happens to a row longer than `train.max_length`: the prompt loses its end (never the answer), or the row
-    is left out, or nothing starts. Each such row is named in data/checks.json."""
+    is left out, or nothing starts. Each such row is named in data/findings.jsonl."""
     bad_rows: Literal["stop", "skip"] = "stop"
     """What happens at a row that cannot be read (broken JSON, a missing column): stop, or leave it out and name it."""
 

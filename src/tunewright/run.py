@@ -20,7 +20,7 @@ import tempfile
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, BinaryIO, Literal
 
 from tunewright import recipe as recipes
 from tunewright.errors import DiskFullError, RunError, TunewrightError, explained
@@ -162,6 +162,14 @@ class Run:
 
     def data_file(self, split: str) -> Path:
         return self.path / "data" / f"{split}.jsonl"
+
+    def tokens_file(self, split: str, part: Literal["tokens", "mask", "sequences"]) -> Path:
+        return self.path / "data" / f"{split}.{part}.npy"
+
+    @property
+    def findings_file(self) -> Path:
+        """Every row that was left out or cut, one a line; the manifest has their numbers and the first of each kind."""
+        return self.path / "data" / "findings.jsonl"
 
     def manifest_file(self, stage: str) -> Path:
         return self.path / MANIFESTS[stage]
@@ -388,6 +396,36 @@ def write_json_lines(path: Path, values: Iterable[Any]) -> None:
     _replace(path, (_json(value) + "\n" for value in values), mode=0o644, durable=True)
 
 
+@contextlib.contextmanager
+def replacing(path: Path, *, mode: int = 0o644, durable: bool = True) -> Iterator[BinaryIO]:
+    """A file to write, which takes the place of `path` by atomic rename at the end; where the block raises, `path`
+    stays as it was. An OSError of the block that names another file than this one is passed on.
+
+    Raises:
+        DiskFullError: no space left.
+        RunError: the folder cannot be written.
+    """
+    temporary = ""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+        try:
+            with os.fdopen(handle, "w+b") as file:
+                yield file
+                file.flush()
+                if durable:
+                    os.fsync(file.fileno())
+            os.chmod(temporary, mode)
+            os.replace(temporary, path)
+        except BaseException:
+            Path(temporary).unlink(missing_ok=True)
+            raise
+    except OSError as error:
+        if temporary and error.filename not in (None, temporary):
+            raise
+        raise _explained(error, path, "cannot write") from error
+
+
 def append_json(path: Path, value: Any, *, durable: bool = False) -> None:
     """Add one JSON line to a file. A line that a kill left half-written is cut off first; the file is locked meanwhile,
     since a line that another process is writing looks the same."""
@@ -408,22 +446,8 @@ def append_json(path: Path, value: Any, *, durable: bool = False) -> None:
 
 
 def _replace(path: Path, chunks: Iterable[str], *, mode: int, durable: bool) -> None:
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-        try:
-            with os.fdopen(handle, "w", encoding="utf-8", errors="backslashreplace") as file:
-                file.writelines(chunks)
-                file.flush()
-                if durable:
-                    os.fsync(file.fileno())
-            os.chmod(temporary, mode)
-            os.replace(temporary, path)
-        except BaseException:
-            Path(temporary).unlink(missing_ok=True)
-            raise
-    except OSError as error:
-        raise _explained(error, path, "cannot write") from error
+    with replacing(path, mode=mode, durable=durable) as file:
+        file.writelines(chunk.encode("utf-8", errors="backslashreplace") for chunk in chunks)
 
 
 def read_json(path: Path) -> Any:

@@ -27,7 +27,7 @@ from tunewright.life import Checked, Outcome, Watcher
 from tunewright.run import STAGES, Run
 
 PLACES_SHOWN = 40
-"""Places named for one kind of finding; the rest are in data/checks.json."""
+"""Places named for one kind of finding; the rest are in data/findings.jsonl."""
 PLAIN_EVERY_S = 10
 """How often progress is said in a line of its own where there is no terminal."""
 COLOURS = {"better": "green", "not better": "red", "no evidence": "yellow"}
@@ -82,7 +82,7 @@ class Watching(Watcher):
         line.append(_what(run, stage), style="")
         err.print(line)
         if stage == "prepare":
-            findings(run.manifest("prepare")["findings"], "data/checks.json")
+            findings(run.manifest("prepare"), "data/findings.jsonl")
 
     def problem(self, problem: Problem) -> None:
         err.print(Text.assemble((f"{problem.severity}: ", "yellow"), problem.message))
@@ -151,7 +151,7 @@ def checked(found: Checked) -> None:
         if found.data.labels:
             shown = ", ".join(found.data.labels[:12]) + (", ..." if len(found.data.labels) > 12 else "")
             out.print(f"labels  {len(found.data.labels)}: {shown}", markup=False)
-        findings([asdict(finding) for finding in found.data.findings], "--json", console=out)
+        findings(found.data.findings.to_dict(), "--json", console=out)
     for problem in found.problems:
         colour = "red" if problem.severity == "error" else "yellow"
         out.print(Text.assemble((f"{problem.severity}: ", f"bold {colour}"), problem.message))
@@ -164,30 +164,26 @@ def checked_json(found: Checked) -> dict[str, Any]:
         "ok": not found.errors,
         "problems": [asdict(problem) for problem in found.problems],
         "model": found.model.to_dict() if found.model else None,
-        "data": found.data.checks() if found.data else None,
+        "data": found.data.checks() | {"findings": list(map(asdict, found.data.findings))} if found.data else None,
         "rendering": found.rendering.to_dict() if found.rendering else None,
     }
 
 
-def findings(rows: Sequence[dict[str, Any]], rest: str, *, console: Console = err) -> None:
-    """Each kind of finding with how often and where."""
+def findings(found: dict[str, Any], rest: str, *, console: Console = err) -> None:
+    """Each kind of finding with how often and where; `found` has the first of each kind, `rest` says where all are."""
     kinds: dict[tuple[str, str, str], list[dict[str, Any]]] = defaultdict(list)
-    for row in rows:
+    for row in found["findings"]:
         kinds[row["split"], row["code"], row["severity"]].append(row)
+    counts = {(one["split"], one["code"], one["severity"]): one["count"] for one in found["counts"]}
     for (split, code, severity), group in kinds.items():
-        line = Text.assemble(
-            (f"  {severity} ", "yellow" if severity == "warning" else ""), f"{split}: {len(group)} {code}"
-        )
-        if len(group) == 1:
-            line.append(f": {group[0]['where']}: {group[0]['message']}")
-        else:
-            line.append(f", such as {group[0]['where']}: {group[0]['message']}")
+        count = counts[split, code, severity]
+        line = Text.assemble((f"  {severity} ", "yellow" if severity == "warning" else ""), f"{split}: {count} {code}")
+        line.append(f"{', such as' if count > 1 else ':'} {group[0]['where']}: {group[0]['message']}")
         console.print(line)
-        if len(group) > 1:
-            more = f" and {len(group) - PLACES_SHOWN} more, in {rest}" if len(group) > PLACES_SHOWN else ""
-            console.print(
-                Text(f"    all: {_places([row['where'] for row in group[:PLACES_SHOWN]])}{more}", style="dim")
-            )
+        if count > 1:
+            shown = group[:PLACES_SHOWN]
+            more = f" and {count - len(shown)} more, in {rest}" if count > len(shown) else ""
+            console.print(Text(f"    all: {_places([row['where'] for row in shown])}{more}", style="dim"))
 
 
 def plan(planned: dict[str, Any]) -> None:

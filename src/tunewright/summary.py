@@ -88,7 +88,7 @@ def write_readme(run: Run) -> None:
         lines += ["## Data", ""]
         lines += [
             f"- {split}: {account['used']} of {account['read']} rows used, {account['rejected']} left out, "
-            f"{account['truncated']} cut (data/checks.json names them)"
+            f"{account['truncated']} cut (data/findings.jsonl names them)"
             for split, account in known["data"].items()
         ]
         lines.append("")

@@ -28,7 +28,7 @@ COMPARISON = {
     "interval": [0.4, 0.6], "p_value": 0.01, "test": "none", "verdict": "better",
 }  # fmt: skip
 MANIFESTS: dict[str, dict[str, Any]] = {
-    "prepare": {"splits": {}, "labels": None, "findings": []},
+    "prepare": {"splits": {}, "labels": None, "findings": [], "counts": []},
     "train": {"steps": 0, "final_loss": None, "trainable_parameters": 0, "sha256": {}},
     "evaluate": {"rows": 0, "models": {"tuned": {}}, "comparison": COMPARISON, "comparisons": [], "must_beat": "base"},
     "package": {"files": {}, "mlflow": None},

@@ -79,10 +79,14 @@ def prepare(run: Run) -> None:
     ref = ModelRef.from_dict(run.resolved()["model"])
     tokenizer = models.load_tokenizer(ref)
     equipment = chat.equip(tokenizer)
-    assembled = preparing.assemble(
-        run.recipe(), ref, tokenizer, equipment, progress=lambda done, total: run.set_progress("prepare", done, total)
+    preparing.write(
+        run,
+        run.recipe(),
+        ref,
+        tokenizer,
+        equipment,
+        progress=lambda done, total: run.set_progress("prepare", done, total),
     )
-    preparing.write(run, assembled, equipment=equipment)
 
 
 def train(run: Run) -> None:

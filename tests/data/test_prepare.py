@@ -4,8 +4,14 @@ from __future__ import annotations
 
 import itertools
 import json
+import os
+import subprocess
+import sys
+import tempfile
+import threading
 from collections import Counter
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +24,11 @@ from tunewright import chat, models
 from tunewright import recipe as recipes
 from tunewright.chat import Equipment, Example, Message
 from tunewright.data import prepare
-from tunewright.data.prepare import Assembled, pieces, shuffled, source_fingerprint
-from tunewright.errors import DataError, ModelError
+from tunewright.data.findings import FIRST, Finding
+from tunewright.data.prepare import pieces, shuffled, source_fingerprint
+from tunewright.errors import DataError, ModelError, RunError
 from tunewright.models import ModelRef
-from tunewright.run import create, read_json
+from tunewright.run import Run, create, read_json, read_json_lines
 from tunewright.testing import tiny_model
 
 GOOD, BAD = {"text": "lovely", "label": "good"}, {"text": "awful", "label": "bad"}
@@ -51,7 +58,44 @@ def many(count: int, start: int = 0) -> list[dict[str, Any]]:
     return [{"text": f"row {number}", "label": ("good", "bad")[number % 2]} for number in range(start, start + count)]
 
 
-Build = Callable[..., Assembled]
+@dataclass
+class Prepared:
+    """What a run has of its data, read back from its folder."""
+
+    run: Run
+    examples: dict[str, list[Example]]
+    findings: list[Finding]
+    labels: list[str] | None
+    splits: dict[str, dict[str, Any]]
+    checks: dict[str, Any]
+
+
+def prepared(asked: recipes.Recipe, ref: ModelRef, tokenizer: Any, equipment: Equipment) -> Prepared:
+    """Prepare the data of a new run; what is written is what was found without one."""
+    with tempfile.TemporaryDirectory() as folder:
+        run = create(Path(folder), asked)
+        assembled = prepare.write(run, asked, ref, tokenizer, equipment)
+        checks = run.manifest("prepare")
+        assert checks == json.loads(json.dumps(assembled.checks())) | {"rendering": checks["rendering"]}
+        findings = [Finding(**row) for row in read_json_lines(run.findings_file)]
+        assert list(assembled.findings) == findings
+        examples = {split: prepare.examples(run, split) for split in checks["splits"]}
+        for split, rows in examples.items():
+            store = prepare.stored(run, split, tokenizer)
+            assert list(store) == plainly_rendered(tokenizer, rows, checks["max_length"])
+            assert {store.source(place) for place in range(len(store))} == {row.source for row in rows}
+    alone = prepare.assemble(asked, ref, tokenizer, equipment)
+    assert (alone.checks(), list(alone.findings)) == (assembled.checks(), findings)
+    return Prepared(run, examples, findings, checks["labels"], checks["splits"], checks)
+
+
+def plainly_rendered(tokenizer: Any, rows: Sequence[Example], max_length: int) -> list[chat.Rendering]:
+    """Row by row, as `chat.render` and `pieces` define it."""
+    rendered = [(row, prepare.render(tokenizer, row)) for row in rows]
+    return [piece for row, whole in rendered for piece in ([whole] if row.text is None else pieces(whole, max_length))]
+
+
+Build = Callable[..., Prepared]
 
 
 def recipe(task: str = "classification", max_length: int | None = None, **data: Any) -> recipes.Recipe:
@@ -66,13 +110,13 @@ def build(here: Path, base: tuple[ModelRef, Any, Equipment]) -> Build:
 
     def built(
         train: Sequence[Any], test: Sequence[Any] | None = None, *, task: str = "classification", **options: Any
-    ) -> Assembled:
+    ) -> Prepared:
         write(here / "train.jsonl", train)
         named = {"train": "train.jsonl"}
         if test is not None:
             write(here / "test.jsonl", test)
             named["test"] = "test.jsonl"
-        return prepare.assemble(recipe(task, **named, **options), *base)
+        return prepared(recipe(task, **named, **options), *base)
 
     return built
 
@@ -87,11 +131,11 @@ def texts(examples: Sequence[Example]) -> list[str]:
     return [example.text if example.text is not None else example.messages[-2].content for example in examples]
 
 
-def codes(assembled: Assembled, split: str = "train") -> Counter[str]:
+def codes(assembled: Prepared, split: str = "train") -> Counter[str]:
     return Counter(finding.code for finding in assembled.findings if finding.split == split)
 
 
-def accounted(assembled: Assembled) -> bool:
+def accounted(assembled: Prepared) -> bool:
     """Every row that was read is used or rejected, and each rejected one is named."""
     return all(
         account["read"] == account["used"] + account["rejected"]
@@ -108,7 +152,7 @@ def accounted(assembled: Assembled) -> bool:
 @settings(max_examples=25)
 def test_rows_are_shuffled_as_datasets_shuffles_them(count: int, seed: int) -> None:
     theirs = datasets.Dataset.from_dict({"row": range(count)}).shuffle(seed=seed)
-    assert shuffled(count, seed) == theirs["row"]
+    assert shuffled(count, seed).tolist() == theirs["row"]
 
 
 def test_a_limit_takes_the_rows_that_the_lab_takes(build: Build) -> None:
@@ -119,6 +163,20 @@ def test_a_limit_takes_the_rows_that_the_lab_takes(build: Build) -> None:
     assert one.examples["train"][0].source == f"train.jsonl:{rows.index(whole[0]) + 1}"
     assert len(one.examples["test"]) == 10
     assert accounted(one)
+
+
+@pytest.mark.parametrize("suffix", ["csv", "json", "parquet"])
+def test_a_limit_takes_the_same_rows_of_any_kind_of_file(
+    here: Path, base: tuple[ModelRef, Any, Equipment], suffix: str
+) -> None:
+    table = datasets.Dataset.from_list(many(100))
+    {"csv": table.to_csv, "json": lambda path: table.to_json(path, lines=False), "parquet": table.to_parquet}[suffix](
+        f"train.{suffix}"
+    )
+    asked = recipe(
+        train=f"train.{suffix}", test=write(here / "test.jsonl", many(4, 100)), limit={"train": 20, "seed": 7}
+    )
+    assert texts(prepared(asked, *base).examples["train"]) == table.shuffle(seed=7).select(range(20))["text"]
 
 
 def test_without_a_limit_rows_keep_their_order(build: Build) -> None:
@@ -322,7 +380,7 @@ def test_every_row_is_used_or_accounted_for(
         named["test"] = write(folder / "test.jsonl", [GOOD, *test])
     asked = recipe(**named, bad_rows="skip", over_length=over_length, limit=limit, max_length=100)
     try:
-        one = prepare.assemble(asked, *base)
+        one = prepared(asked, *base)
     except DataError as error:  # too few rows are left; whatever is raised says where
         assert str(error).startswith(("data.train: ", "data.test: ", str(folder)))  # noqa: PT017
         return
@@ -442,9 +500,10 @@ def test_a_conversation_was_seen_if_its_prompt_was(build: Build) -> None:
 
 def test_what_is_written_is_what_was_assembled(build: Build, here: Path, base: tuple[ModelRef, Any, Equipment]) -> None:
     one = build([GOOD, BAD, LONG, {"text": "", "label": "bad"}], [GOOD, BAD], max_length=100)
-    run = create(here / "runs", recipe(train="train.jsonl"))
+    asked = recipe(train="train.jsonl", test="test.jsonl", max_length=100)
+    run = create(here / "runs", asked)
     for _ in range(2):
-        prepare.write(run, one, equipment=base[2])
+        prepare.write(run, asked, *base)
         assert prepare.examples(run, "train") == one.examples["train"]
         assert prepare.examples(run, "test") == one.examples["test"]
         assert prepare.examples(run, "validation") == []
@@ -465,7 +524,130 @@ def test_what_is_written_is_what_was_assembled(build: Build, here: Path, base: t
         ("seen_in_training", "test.jsonl:1"),
         ("seen_in_training", "test.jsonl:2"),
     ]
+    assert read_json_lines(run.findings_file) == checks["findings"]
     assert read_json(run.manifest_file("prepare")) == checks
+
+
+def test_of_many_findings_all_are_named_on_disk_and_the_first_in_the_manifest(build: Build, here: Path) -> None:
+    empty = [{"text": "", "label": "bad"}] * (FIRST + 25)
+    one = build([GOOD, BAD, *empty], [GOOD, "{"], bad_rows="skip")
+    assert accounted(one)
+    assert [finding.where for finding in one.findings if finding.code == "empty_text"] == [
+        f"train.jsonl:{number + 3}" for number in range(FIRST + 25)
+    ]
+    assert len([finding for finding in one.checks["findings"] if finding["code"] == "empty_text"]) == FIRST
+    assert [(kind["split"], kind["code"], kind["count"]) for kind in one.checks["counts"]] == [
+        ("train", "empty_text", FIRST + 25),
+        ("test", "broken_json", 1),
+        ("test", "seen_in_training", 1),
+    ]
+
+
+def test_a_preparation_that_fails_leaves_no_manifest_to_vouch_for_old_files(
+    build: Build, here: Path, base: tuple[ModelRef, Any, Equipment]
+) -> None:
+    build([GOOD, BAD], [GOOD])
+    asked = recipe(train="train.jsonl", test="test.jsonl")
+    run = create(here / "runs", asked)
+    prepare.write(run, asked, *base)
+    assert len(prepare.stored(run, "train", base[1])) == 2
+    write(here / "train.jsonl", [GOOD, BAD, BAD | {"text": "worse"}])
+    write(here / "test.jsonl", ["{"])
+    with pytest.raises(DataError):
+        prepare.write(run, asked, *base)
+    assert run.status("prepare") == "todo"
+    with pytest.raises(RunError, match="stage prepare is not done"):
+        prepare.stored(run, "train", base[1])
+    assert not list((run.path / "data").glob(".*")), "nothing half-written is left"
+
+
+def test_an_interrupted_preparation_leaves_nothing_half_written(
+    here: Path, base: tuple[ModelRef, Any, Equipment], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = recipe(train=write(here / "train.jsonl", many(900)), test=write(here / "test.jsonl", many(4, 900)))
+    run = create(here / "runs", asked)
+    monkeypatch.setattr(prepare, "BLOCK_ROWS", 50)
+    monkeypatch.setenv(prepare.OWN_THREADS, "true")
+
+    def stop(*_: int) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        prepare.write(run, asked, *base, progress=stop)
+    assert not list((run.path / "data").iterdir())
+    assert os.environ[prepare.OWN_THREADS] == "true"
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("tokenising")]
+
+
+@pytest.mark.parametrize("told", [None, "true"])
+def test_threads_and_blocks_change_nothing(build: Build, monkeypatch: pytest.MonkeyPatch, told: str | None) -> None:
+    rows: list[Any] = [*many(60), "{", {"text": "x" * 300, "label": "good"}, *many(60, 60)]
+    whole = build(rows, many(20, 200), max_length=100, bad_rows="skip")
+    monkeypatch.setattr(prepare, "BLOCK_ROWS", 7)
+    monkeypatch.delenv(prepare.OWN_THREADS)
+    if told:
+        monkeypatch.setenv(prepare.OWN_THREADS, told)
+    for threads in (1, 16):
+        monkeypatch.setattr(prepare, "MAX_THREADS", threads)
+        again = build(rows, many(20, 200), max_length=100, bad_rows="skip")
+        assert (again.examples, again.checks, again.findings) == (whole.examples, whole.checks, whole.findings)
+        assert os.environ.get(prepare.OWN_THREADS) == told
+
+
+def test_a_long_text_is_a_block_of_its_own(build: Build, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = [{"text": "x" * 300}, {"text": "y"}, {"text": "z" * 90}]
+    whole = build(rows, [{"text": "z"}], task="pretraining", max_length=64)
+    monkeypatch.setattr(prepare, "BLOCK_CHARACTERS", 50)
+    assert build(rows, [{"text": "z"}], task="pretraining", max_length=64).checks == whole.checks
+
+
+MEMORY = """
+import json, sys
+from pathlib import Path
+from tunewright import chat, models, recipe as recipes, run as runs
+from tunewright.data import prepare
+
+def memory(what):
+    lines = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    return int(lines[what].split()[0]) * 1024
+
+model, train, test = sys.argv[1:]
+asked = recipes.Recipe.model_validate({
+    "name": "one", "model": "m", "task": "classification", "train": {"max_length": 100},
+    "data": {"train": train, "test": test, "bad_rows": "skip", "limit": {"train": 10**9}},
+})
+ref = models.find(model)
+tokenizer = models.load_tokenizer(ref)
+run = runs.create(Path("runs"), asked)
+before = memory("VmRSS")
+prepare.write(run, asked, ref, tokenizer, chat.equip(tokenizer))
+store = prepare.stored(run, "train", tokenizer)
+print(json.dumps([memory("VmHWM") - before, len(store), run.manifest("prepare")["splits"]["train"]["read"]]))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="memory is read from /proc")
+def test_memory_does_not_grow_with_the_rows(here: Path, model_folder: Path) -> None:
+    """200,000 rows, shuffled, every tenth empty and every tenth cut: their text alone is 50 MB, as Python's rows and
+    token ids it would be more than a gigabyte."""
+    rows = 200_000
+    with (here / "train.jsonl").open("w") as file:
+        for number in range(rows):
+            text = (
+                "" if number % 10 == 0 else f"row {number} " + "lovely awful great " * (20 if number % 10 == 1 else 8)
+            )
+            file.write(json.dumps({"text": text, "label": ("good", "bad")[number % 2]}) + "\n")
+    write(here / "test.jsonl", many(10))
+    done = subprocess.run(
+        [sys.executable, "-c", MEMORY, str(model_folder), "train.jsonl", "test.jsonl"],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    grown, stored, read = json.loads(done.stdout.splitlines()[-1])
+    assert (stored, read) == (rows - rows // 10, rows)
+    assert grown < 150e6
 
 
 def test_the_fingerprint_of_a_split_is_that_of_what_is_said_not_of_where(build: Build, here: Path) -> None:
@@ -511,7 +693,7 @@ def test_plain_text_is_used_whole_and_counted_in_pieces(build: Build, base: tupl
 def test_a_file_of_text_ends_once(here: Path, base: tuple[ModelRef, Any, Equipment]) -> None:
     (here / "notes.txt").write_text("one line\n\n" * 1000)
     asked = recipe("pretraining", train="notes.txt", test="notes.txt")
-    one = prepare.assemble(asked, *base)
+    one = prepared(asked, *base)
     assert [example.ends for example in one.examples["train"]] == [False] * (len(one.examples["train"]) - 1) + [True]
     assert "".join(texts(one.examples["train"])) == "one line\n\n" * 1000
 
@@ -546,7 +728,7 @@ def test_a_row_whose_only_turn_to_learn_the_template_rewrites_is_left_out_by_nam
     write(here / "train.jsonl", [row(1), row(0), row(1)])
     write(here / "test.jsonl", [row(1)])
     asked = recipe("chat", train="train.jsonl", test="test.jsonl")
-    found = prepare.assemble(asked, ref, tokenizer, chat.equip(tokenizer))
+    found = prepared(asked, ref, tokenizer, chat.equip(tokenizer))
     assert [(one.code, one.where, one.rejected) for one in found.findings if one.code != "seen_in_training"] == [
         ("nothing_to_learn", "train.jsonl:2", True)
     ]

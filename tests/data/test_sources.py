@@ -12,10 +12,11 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hub import Hub
@@ -147,6 +148,44 @@ def test_a_json_file_of_something_else_is_refused(here: Path) -> None:
     assert refusal("a.json") == "a.json: holds a string; a .json file holds a list of objects"
 
 
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(), lambda some: st.lists(some, max_size=3)
+)
+
+
+@given(
+    items=st.lists(st.dictionaries(st.text(max_size=3), JSON, max_size=3) | JSON, max_size=6),
+    chunk=st.integers(1, 30),
+    indent=st.none() | st.integers(0, 2),
+    ascii_only=st.booleans(),
+    harm=st.none() | st.tuples(st.integers(0, 300), st.sampled_from(["", " ", ",", "]", "[", "{", "1", "e", '"', "x"])),
+)
+def test_a_list_is_read_item_by_item_as_it_is_read_whole(
+    tmp_path_factory: pytest.TempPathFactory,
+    items: list[Any],
+    chunk: int,
+    indent: int | None,
+    ascii_only: bool,
+    harm: tuple[int, str] | None,
+) -> None:
+    """However its chunks fall, and whatever is wrong with it."""
+    text = json.dumps(items, indent=indent, ensure_ascii=ascii_only)
+    if harm:
+        text = text[: harm[0]] + harm[1] + text[harm[0] + 1 :]
+    path = tmp_path_factory.getbasetemp() / "any.json"
+    path.write_bytes(text.encode())
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sources, "CHUNK", chunk)
+        try:
+            whole: Any = list(sources._read_json(path))
+        except DataError as error:
+            assert refusal(str(path)) == str(error)  # noqa: PT017
+        else:
+            assert repr(list(read([str(path)], "data.train").rows)) == repr(whole)  # NaN is not itself
+            if harm is None and items:
+                assert sources._JsonFile(path).is_list, "else it was read whole"
+
+
 # Tables of text
 
 
@@ -270,6 +309,67 @@ def test_any_text_is_read_whole(tmp_path_factory: pytest.TempPathFactory, parts:
     found = read([str(path)], "data.train").rows
     assert "".join(row.fields["text"] for row in found) == "".join(parts).removeprefix("\ufeff")
     assert sum(row.ends for row in found) == bool(found)
+
+
+# Some of the rows
+
+
+MANY = [{"text": f"row {number} \u00e9", "label": str(number % 3)} for number in range(40)]
+
+
+def table_of(folder: Path, kind: str) -> list[str]:
+    """The same rows in a file (or two) of some kind."""
+    path = folder / f"many.{kind}"
+    match kind:
+        case "jsonl":
+            path.write_bytes(BOM + b"\r\n \n".join(json.dumps(row).encode() for row in MANY))
+        case "json":
+            path.write_text(json.dumps(MANY))
+        case "csv":
+            with path.open("w", newline="") as file:
+                writer = csv.DictWriter(file, ["text", "label"])
+                writer.writeheader()
+                writer.writerows(MANY)
+        case "parquet":
+            pq.write_table(pa.Table.from_pylist(MANY), path, row_group_size=7)
+        case "two":
+            return [*table_of(folder, "csv"), *table_of(folder, "jsonl")]
+    return [str(path)]
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "json", "csv", "parquet", "two"])
+@given(data=st.data())
+@settings(max_examples=30)
+def test_rows_are_picked_in_any_order_and_found_where_they_stand(
+    tmp_path_factory: pytest.TempPathFactory, kind: str, data: st.DataObject
+) -> None:
+    rows = read(table_of(tmp_path_factory.getbasetemp(), kind), "data.train").rows
+    whole = list(rows)
+    assert len(rows) == len(whole) == (80 if kind == "two" else 40)
+    numbers = data.draw(st.lists(st.integers(0, len(rows) - 1), unique=True))
+    picked = [whole[number] for number in numbers]
+    assert list(rows.pick(numbers)) == picked
+    some = sources.Some(rows, np.array(numbers, dtype=np.int64))
+    assert list(some) == picked
+    assert len(some) == len(numbers)
+    again = data.draw(st.lists(st.sampled_from(range(len(numbers))), unique=True)) if numbers else []
+    assert list(some.pick(again)) == [picked[place] for place in again]
+    assert list(rows) == whole, "they can be gone through again"
+
+
+def test_rows_that_wait_for_their_turn_do_so_on_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sources, "SPOOL_BYTES", 100)
+    rows = read(table_of(tmp_path, "csv"), "data.train").rows
+    assert [row.fields for row in rows.pick(range(39, -1, -1)) if isinstance(row, Row)] == MANY[::-1]
+
+
+def test_a_broken_line_can_be_picked_too(rows: Rows) -> None:
+    found = rows("a.jsonl", '{"text": "a"}\n\n{\n{"text": "b"}\n')
+    table = read(["a.jsonl"], "data.train").rows
+    assert list(table.pick([2, 1, 0])) == found[::-1]
+    assert isinstance(table[1], Broken)
+    assert table[-1] == found[-1]
+    assert table[:2] == found[:2]
 
 
 # Files
@@ -406,13 +506,14 @@ def test_the_fingerprint_is_that_of_the_content(here: Path) -> None:
 
 SCRIPT = """
 import json, sys
+import numpy
 from tunewright.data import sources
 from tunewright.errors import DataError
 answers = []
 for source in sys.argv[1:]:
     try:
         table = sources.read([source], "data.train", label="label")
-        some = sources.pick(table.rows, [len(table.rows) - 1, 0])
+        some = sources.Some(table.rows, numpy.array([len(table.rows) - 1, 0]))
         answers.append({
             "rows": [[row.where, row.fields] for row in table.rows],
             "some": [row.where for row in some],

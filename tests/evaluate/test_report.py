@@ -462,6 +462,18 @@ def test_empty_parts_are_left_out_too() -> None:
     assert not page.all("pre")
 
 
+def test_findings_that_the_report_does_not_hold_are_counted() -> None:
+    report = samples.binary()
+    kinds = [("over_length", "warning", 1000), ("unknown_label", "error", 30)]
+    first = {"code": "unknown_label", "severity": "error", "where": "test.jsonl:3", "message": "odd", "split": "test"}
+    counts = [{"split": "test", "code": code, "severity": severity, "count": n} for code, severity, n in kinds]
+    report["data"] = {**report["data"], "findings": [first], "counts": counts}
+    page = render_html(report)
+    assert "1 of 1030; data/findings.jsonl has all" in page
+    assert "30 errors, 1,000 warnings" in page
+    assert "The data checks report 30 errors" in page
+
+
 # Colours
 
 

@@ -2,5 +2,7 @@
 
 sources   hub data sets, jsonl, csv, parquet, txt: rows with the place where a person finds them
 shapes    a row's columns into an Example
-prepare   the whole: read, split, select, check, clip; and data/checks.json
+findings  what a person should know about rows, on disk
+tokens    the rows' token ids and loss masks, on disk, mapped into memory
+prepare   the whole: read, split, select, check, clip, store; and data/checks.json
 """

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 from collections.abc import Sequence
@@ -40,7 +41,7 @@ def recipe_for(source: str, *, model: str, name: str | None = None, test: str | 
         RecipeError: no recipe can have that name.
     """
     table = sources.read([source], "DATA")
-    rows = [row for row in table.rows[:LOOKED_AT] if isinstance(row, Row)]
+    rows = [row for row in itertools.islice(table.rows, LOOKED_AT) if isinstance(row, Row)]
     if not rows:
         raise DataError(f"{source}: holds no readable row; `tunewright check` says what is wrong with each")
     task, columns, why = _guess(source, rows)

@@ -1,54 +1,56 @@
 """From a recipe's data section to the rows that a run uses, with an account of every row that it does not.
 
 The order of things: read, hold out a test set where none is named, shuffle and select, shape, check, clip.
-`assemble` does it all and writes nothing; `write` puts the result into the run folder, data/checks.json last.
+`write` does it all and leaves the result in the run folder, data/checks.json last; `assemble` without a run does the
+same and leaves nothing behind but the account. Both go through the rows one by one: what is kept in memory for each is
+a few numbers (its place, its lengths, a hash of what it says).
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
-import math
-from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass, field
-from typing import Any
+import os
+from array import array
+from collections import Counter, deque
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
 
 import numpy as np
 
 from tunewright import chat
-from tunewright.chat import Equipment, Example
-from tunewright.data import shapes, sources
-from tunewright.data.sources import Broken, Row, Table
-from tunewright.errors import DataError
+from tunewright.chat import Clipped, Equipment, Example
+from tunewright.data import shapes, sources, tokens
+from tunewright.data.findings import Finding, Findings
+from tunewright.data.sources import Broken, Row, Rows, Table
+from tunewright.data.tokens import TokenStore
+from tunewright.errors import DataError, RunError
 from tunewright.models import ModelRef
 from tunewright.recipe import Recipe
-from tunewright.run import Run, read_json_lines, write_json, write_json_lines
+from tunewright.run import Run, read_json_lines, replacing, write_json
 
 SPLITS = ("train", "test", "validation")
+STEPS = ("shape", "labels", "fit")
+"""What is looked at in a split's rows. The findings of one step stand together, before those of the next."""
 MIN_PRETRAINING_TOKENS = 2
-
-
-@dataclass(frozen=True)
-class Finding:
-    """Something about a row (or a whole split) that a person should know."""
-
-    code: str
-    severity: str
-    """error: stops the run unless data.bad_rows is skip; warning: the row was left out or changed; info."""
-    where: str
-    message: str
-    split: str
-    rejected: bool = False
+BLOCK_ROWS, BLOCK_CHARACTERS = 256, 2**20
+"""Rows that are tokenised together: at most so many, and about so many characters."""
+MAX_THREADS = 16
+OWN_THREADS = "TOKENIZERS_PARALLELISM"
+PROGRESS_ROWS = 200
+One = TypeVar("One")
+Other = TypeVar("Other")
 
 
 @dataclass
 class Assembled:
-    """What a run uses, and the account of it."""
+    """The account of what a run uses."""
 
-    examples: dict[str, list[Example]]
-    labels: list[str] | None
-    findings: list[Finding]
+    findings: Findings
+    labels: list[str] | None = None
     splits: dict[str, dict[str, Any]] = field(default_factory=dict)
     max_length: int = 0
 
@@ -58,8 +60,32 @@ class Assembled:
             "splits": self.splits,
             "labels": self.labels,
             "max_length": self.max_length,
-            "findings": [asdict(finding) for finding in self.findings],
+            **self.findings.to_dict(),
         }
+
+
+def write(
+    run: Run,
+    recipe: Recipe,
+    ref: ModelRef,
+    tokenizer: Any,
+    equipment: Equipment,
+    *,
+    progress: Callable[[int, int], None] | None = None,
+) -> Assembled:
+    """Prepare a run's data: the rows (data/train.jsonl and the rest), their tokens, the findings; data/checks.json is
+    written last.
+
+    Raises:
+        DataError: as `assemble`.
+        DiskFullError: no space left.
+    """
+    run.manifest_file("prepare").unlink(missing_ok=True)  # an old one would vouch for files that are being replaced
+    assembled = assemble(recipe, ref, tokenizer, equipment, run=run, progress=progress)
+    assembled.findings.write(run.findings_file)
+    rendering = equipment.to_dict() | tokens.made_by(tokenizer)
+    write_json(run.manifest_file("prepare"), assembled.checks() | {"rendering": rendering})
+    return assembled
 
 
 def assemble(
@@ -68,9 +94,10 @@ def assemble(
     tokenizer: Any,
     equipment: Equipment,
     *,
+    run: Run | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Assembled:
-    """Read, split, select, check and clip the data.
+    """Read, split, select, check and clip the data; where there is a run, write its rows and tokens.
 
     Raises:
         DataError: nothing can be read, a row is broken (unless `data.bad_rows: skip`), a split ends up empty, the test
@@ -78,45 +105,48 @@ def assemble(
     """
     max_length = ref.max_length(recipe.train.max_length)
     tables, notes = _tables(recipe)
-    result = Assembled({}, None, [], max_length=max_length)
+    sections = [(split, step) for split in tables for step in STEPS]
+    result = Assembled(Findings([*sections, "notes", "seen"]), max_length=max_length)
     total = sum(len(table.rows) for table in tables.values())
     done = 0
     limits: dict[str, int] = {}
+    seen = _Seen()
     for split, table in tables.items():
-        good, account = _shape(recipe, split, table, result.findings)
+        shape = shapes.recognise(recipe, (row for row in table.rows if isinstance(row, Row)), table.classes)
         if split == "train" and recipe.task == "classification":
-            result.labels = _labels(recipe, table, good)
+            result.labels = _labels(recipe, table, shape)
             limits = _limits(result.labels, ref, tokenizer, equipment, max_length)
-        good = _known_labels(split, good, account, result)
-        kept = []
-        totals, answers = [], []
-        for number, example in enumerate(good, start=1):
-            limit = limits.get(str(example.label), max_length)
-            fitted = _fit(recipe, split, example, tokenizer, limit, result.findings, account)
-            if fitted is not None:
-                example, rendering = fitted
-                kept.append(example)
-                totals.append(len(rendering.ids))
-                answers.append(rendering.num_targets)
-            if progress and number % 200 == 0:
-                progress(done + number, total)
-        done += len(table.rows)
-        result.examples[split] = kept
-        result.splits[split] = account | {
-            "used": len(kept),
-            "sequences": sum(_num_pieces(length, max_length) for length in totals),
-            "tokens": {"total": _distribution(totals), "answer": _distribution(answers), "sum": sum(totals)},
-            "sha256": _fingerprint(kept),
+        account: dict[str, Any] = {
+            "source": [sources.displayed(name) for name in table.names],
+            "read": len(table.rows),
+            "rejected": 0,
+            "truncated": 0,
+            "tokens_cut": 0,
         }
+        judge = _Judge(recipe, split, result.findings, account, result.labels, limits, max_length)
+        kept = _Kept(max_length)
+        known = judge.known(judge.shaped(shape, table.rows))
+        with _writer(run, split, max_length) as put, contextlib.closing(_clipped(tokenizer, known, judge.limit)) as fit:
+            for number, (limit, clipped) in enumerate(fit, start=1):
+                fitted = judge.fitted(limit, clipped)
+                if fitted is not None:
+                    kept.add(*fitted)
+                    seen.add(split, fitted[0])
+                    put(*fitted)
+                if progress and number % PROGRESS_ROWS == 0:
+                    progress(done + number, total)
+        done += len(table.rows)
+        result.splits[split] = account | kept.account()
         _stop_where_broken(recipe, split, result.findings)
         _stop_where_empty(split, result)
         if result.labels is not None:
-            counts = Counter(example.label for example in kept)
             if split == "train":
-                result.labels = _learnable(recipe, table, result.labels, counts)
-            result.splits[split]["labels"] = {label: counts[label] for label in result.labels}
-    result.findings.extend(notes)
-    result.findings.extend(_seen_in_training(result.examples))
+                result.labels = _learnable(recipe, table, result.labels, kept.labels)
+            result.splits[split]["labels"] = {label: kept.labels[label] for label in result.labels}
+    for note in notes:
+        result.findings.add("notes", note)
+    for finding in seen.findings():
+        result.findings.add("seen", finding)
     return result
 
 
@@ -140,15 +170,9 @@ def pieces(whole: chat.Rendering, max_length: int) -> list[chat.Rendering]:
     return cut
 
 
-def _num_pieces(length: int, max_length: int) -> int:
-    return max(1, math.ceil((length - 1) / (max_length - 1)))
-
-
-def write(run: Run, assembled: Assembled, *, equipment: Equipment) -> None:
-    """data/train.jsonl and the rest, data/checks.json last."""
-    for split, examples in assembled.examples.items():
-        write_json_lines(run.data_file(split), (example.to_dict() for example in examples))
-    write_json(run.manifest_file("prepare"), assembled.checks() | {"rendering": equipment.to_dict()})
+def _num_pieces(lengths: Any, max_length: int) -> Any:
+    """How many pieces there are of a text, or of each of an array of them."""
+    return np.maximum(1, -((1 - lengths) // (max_length - 1)))
 
 
 def examples(run: Run, split: str) -> list[Example]:
@@ -156,9 +180,31 @@ def examples(run: Run, split: str) -> list[Example]:
     return [Example.from_dict(row) for row in read_json_lines(run.data_file(split))]
 
 
-def shuffled(count: int, seed: int) -> list[int]:
+def stored(run: Run, split: str, tokenizer: Any) -> TokenStore:
+    """The tokens of a split's rows, as they were prepared; long texts in pieces.
+
+    Raises:
+        RunError: the preparation is not done, its files are damaged, or this tokenizer and template make other ids.
+    """
+    store = TokenStore.open(run, split)
+    checks = run.manifest("prepare")
+    said = checks["rendering"]
+    differ = next((key for key, made in tokens.made_by(tokenizer).items() if said.get(key) != made), None)
+    if differ is None:  # and the code that renders is that of then
+        with run.data_file(split).open(encoding="utf-8") as file:
+            first = render(tokenizer, Example.from_dict(json.loads(file.readline())))
+        differ = "rendering" if pieces(first, checks["max_length"])[0].ids != store[0].ids else None
+    if differ is not None:
+        raise RunError(
+            f"{run.tokens_file(split, 'tokens')}: the tokens were made by another {differ.partition('_')[0]} than the "
+            "one of now; start a new run with --fresh"
+        )
+    return store
+
+
+def shuffled(count: int, seed: int) -> np.ndarray[Any, Any]:
     """The order that `datasets.Dataset.shuffle(seed=seed)` gives `count` rows."""
-    return [int(row) for row in np.random.default_rng(seed).permutation(count)]
+    return np.random.default_rng(seed).permutation(count)
 
 
 def source_fingerprint(recipe: Recipe) -> str:
@@ -185,11 +231,12 @@ def _tables(recipe: Recipe) -> tuple[dict[str, Table], list[Finding]]:
             raise DataError(f"data.{split}: {', '.join(table.names)} holds no rows")
     if "test" not in tables:
         whole = tables["train"]
-        held = [_held_out(row, data.split.test, data.split.seed) for row in whole.rows]
+        sides = (_held_out(row, data.split.test, data.split.seed) for row in whole.rows)
+        held = np.fromiter(sides, dtype=bool, count=len(whole.rows))
         for split, side in (("train", False), ("test", True)):
-            rows = [row for row, out in zip(whole.rows, held, strict=True) if out == side]
+            rows = sources.Some(whole.rows, np.flatnonzero(held == side))
             tables[split] = Table(whole.names, rows, whole.classes)
-            if not rows:
+            if not len(rows):
                 raise DataError(
                     f"data.train: {len(whole.rows)} rows are too few to hold out {data.split.test:.0%} for a test set; "
                     "name data.test, or change data.split.test or data.split.seed"
@@ -211,11 +258,15 @@ def _tables(recipe: Recipe) -> tuple[dict[str, Table], list[Finding]]:
                 )
             )
         order = shuffled(len(table.rows), data.limit.seed)[:limit]
-        chosen = sources.pick(table.rows, order)
-        taken = set(order)
-        missed = [row for number, row in enumerate(table.rows) if isinstance(row, Broken) and number not in taken]
-        tables[split] = Table(table.names, [*chosen, *missed], table.classes)
+        missed = np.setdiff1d(_broken(table.rows), order)
+        tables[split] = Table(table.names, sources.Some(table.rows, np.append(order, missed)), table.classes)
     return tables, notes
+
+
+def _broken(rows: Rows) -> np.ndarray[Any, Any]:
+    """The numbers of the rows that cannot be read: they are named even where nobody selects them."""
+    found = (number for number, row in enumerate(rows) if isinstance(row, Broken)) if rows.may_break else ()
+    return np.fromiter(found, dtype=np.int64)
 
 
 def _held_out(row: Row | Broken, share: float, seed: int) -> bool:
@@ -227,41 +278,21 @@ def _held_out(row: Row | Broken, share: float, seed: int) -> bool:
     return int.from_bytes(digest[:8], "big") / 2**64 < share
 
 
-def _shape(recipe: Recipe, split: str, table: Table, findings: list[Finding]) -> tuple[list[Example], dict[str, Any]]:
-    """Rows into examples; each that cannot be one is a finding."""
-    good: list[Example] = []
-    rejected = 0
-    readable = (row for row in table.rows if isinstance(row, Row))
-    shape = shapes.recognise(recipe, readable, table.classes)
-    for row in table.rows:
-        try:
-            if isinstance(row, Broken):
-                raise shapes.Unusable(row.code, row.message)
-            assert shape is not None
-            good.append(shape.read(row))
-        except shapes.Unusable as problem:
-            rejected += 1
-            findings.append(Finding(problem.code, problem.severity, row.where, str(problem), split, rejected=True))
-    account = {
-        "source": [sources.displayed(name) for name in table.names],
-        "read": len(table.rows),
-        "rejected": rejected,
-        "truncated": 0,
-        "tokens_cut": 0,
-    }
-    return good, account
-
-
-def _labels(recipe: Recipe, table: Table, train: Sequence[Example]) -> list[str]:
+def _labels(recipe: Recipe, table: Table, shape: shapes.Shape | None) -> list[str]:
     """The classes in their order: as declared, else as the training rows have them, sorted."""
     declared = recipe.data.labels
     if isinstance(declared, dict):
         return [declared[number] for number in sorted(declared)]
     words = declared or table.classes
-    seen = {str(example.label) for example in train}
-    if words is None:
-        return sorted(seen, key=_natural)
-    return list(words)
+    if words is not None:
+        return list(words)
+    seen = set()
+    for row in table.rows:
+        if isinstance(row, Row):
+            assert shape is not None
+            with contextlib.suppress(shapes.Unusable):  # named when the rows are shaped
+                seen.add(str(shape.read(row).label))
+    return sorted(seen, key=_natural)
 
 
 def _natural(word: str) -> tuple[int, float, str]:
@@ -293,82 +324,236 @@ def _limits(
     return {label: min(max_length, context - longest + length) for label, length in lengths.items()}
 
 
-def _known_labels(split: str, good: list[Example], account: dict[str, Any], result: Assembled) -> list[Example]:
-    """Refuse labels that training never showed."""
-    if result.labels is None:
-        return good
-    known = set(result.labels)
-    kept = []
-    for example in good:
-        if example.label in known:
-            kept.append(example)
-            continue
-        account["rejected"] += 1
-        result.findings.append(
-            Finding(
-                "unknown_label",
-                "error",
-                example.source,
+@dataclass
+class _Judge:
+    """Says which rows of a split are used, and notes down why the others are not."""
+
+    recipe: Recipe
+    split: str
+    findings: Findings
+    account: dict[str, Any]
+    labels: list[str] | None
+    limits: dict[str, int]
+    max_length: int
+
+    def shaped(self, shape: shapes.Shape | None, rows: Rows) -> Iterator[Example]:
+        """Rows into examples; each that cannot be one is a finding."""
+        for row in rows:
+            try:
+                if isinstance(row, Broken):
+                    raise shapes.Unusable(row.code, row.message)
+                assert shape is not None
+                example = shape.read(row)
+            except shapes.Unusable as problem:
+                self.leave_out("shape", problem.code, problem.severity, row.where, str(problem))
+            else:
+                yield example
+
+    def known(self, examples: Iterator[Example]) -> Iterator[Example]:
+        """Refuse labels that training never showed."""
+        if self.labels is None:
+            yield from examples
+            return
+        known = set(self.labels)
+        for example in examples:
+            if example.label in known:
+                yield example
+                continue
+            message = (
                 f"label {example.label!r} is not among the training rows' labels; "
-                f"{shapes.nearest(str(example.label), result.labels)} (use more training rows or name every class in "
-                "data.labels)",
-                split,
-                rejected=True,
+                f"{shapes.nearest(str(example.label), self.labels)} (use more training rows or name every class in "
+                "data.labels)"
             )
-        )
-    return kept
+            self.leave_out("labels", "unknown_label", "error", example.source, message)
 
+    def limit(self, example: Example) -> int:
+        return self.limits.get(str(example.label), self.max_length)
 
-def _fit(
-    recipe: Recipe,
-    split: str,
-    example: Example,
-    tokenizer: Any,
-    limit: int,
-    findings: list[Finding],
-    account: dict[str, Any],
-) -> tuple[Example, chat.Rendering] | None:
-    """The example within `limit` tokens and its rendering, or None where it is left out."""
+    def fitted(self, limit: int, clipped: tuple[Example, Clipped | DataError]) -> tuple[Example, chat.Rendering] | None:
+        """The example within `limit` tokens and its rendering, or None where it is left out."""
+        example, made = clipped
+        reason = self._against(limit, example, made)
+        if reason is not None:
+            self.leave_out("fit", *reason[:2], example.source, reason[2])
+            return None
+        assert isinstance(made, Clipped)
+        assert made.example is not None
+        if example.text is None and made.length > limit:
+            cut = made.length - len(made.rendering.ids)
+            self.account["truncated"] += 1
+            self.account["tokens_cut"] += cut
+            message = f"{_over(made, limit)}: the end of the prompt was cut ({cut} tokens), the answer is whole"
+            finding = Finding("over_length", "warning", example.source, message, self.split)
+            self.findings.add((self.split, "fit"), finding)
+        return made.example, made.rendering
 
-    def leave_out(code: str, severity: str, message: str) -> tuple[Example, chat.Rendering] | None:
-        account["rejected"] += 1
-        findings.append(Finding(code, severity, example.source, message, split, rejected=True))
+    def _against(self, limit: int, example: Example, made: Clipped | DataError) -> tuple[str, str, str] | None:
+        """Why an example cannot be used: code, severity, and a sentence."""
+        if isinstance(made, DataError):
+            return "template", "error", str(made)
+        if example.text is not None:
+            if len(made.rendering.ids) >= MIN_PRETRAINING_TOKENS:
+                return None
+            return "too_short", "warning", f"fewer than {MIN_PRETRAINING_TOKENS} tokens: left out"
+        if not any(made.rendering.mask[1:]):
+            return "nothing_to_learn", "warning", "the chat template leaves no turn to learn: left out"
+        if made.length <= limit:
+            return None
+        if self.recipe.data.over_length != "truncate":
+            severity = "error" if self.recipe.data.over_length == "error" else "warning"
+            return "over_length", severity, f"{_over(made, limit)}: left out"
+        if made.example is None:
+            said = f"{_over(made, limit)}, and the answer alone does not fit: left out"
+            return "answer_too_long", "warning", said
         return None
 
-    if example.text is not None:
-        rendering = render(tokenizer, example)
-        if len(rendering.ids) >= MIN_PRETRAINING_TOKENS:
-            return example, rendering
-        return leave_out("too_short", "warning", f"fewer than {MIN_PRETRAINING_TOKENS} tokens: left out")
+    def leave_out(self, step: str, code: str, severity: str, where: str, message: str) -> None:
+        self.account["rejected"] += 1
+        self.findings.add((self.split, step), Finding(code, severity, where, message, self.split, rejected=True))
+
+
+def _over(made: Clipped, limit: int) -> str:
+    return f"{made.length} tokens, {made.length - limit} over the limit of {limit}"
+
+
+def _clipped(
+    tokenizer: Any, examples: Iterator[Example], limit: Callable[[Example], int]
+) -> Generator[tuple[int, tuple[Example, Clipped | DataError]], None, None]:
+    """Each example with its limit and what `chat.clip` makes of it, in their order; block by block, each block in a
+    thread of its own, since the tokenizer lets go of the interpreter's lock."""
+
+    def work(block: list[Example]) -> list[tuple[int, tuple[Example, Clipped | DataError]]]:
+        limits = [limit(example) for example in block]
+        made: Sequence[Clipped | DataError]
+        if block[0].text is not None:
+            whole = chat.render_texts(tokenizer, [str(one.text) for one in block], [one.ends for one in block])
+            made = [Clipped(one, len(its.ids), its) for one, its in zip(block, whole, strict=True)]
+        else:
+            made = chat.clip_all(tokenizer, block, limits)
+        return list(zip(limits, zip(block, made, strict=True), strict=True))
+
+    blocks = _side_by_side(work, _blocks(examples), _threads() if tokenizer.is_fast else 1)
+    with contextlib.closing(blocks):
+        for block in blocks:
+            yield from block
+
+
+def _blocks(examples: Iterator[Example]) -> Iterator[list[Example]]:
+    block: list[Example] = []
+    size = 0
+    for example in examples:
+        block.append(example)
+        size += len(example.text or "") + sum(len(message.content) for message in example.messages)
+        if len(block) == BLOCK_ROWS or size >= BLOCK_CHARACTERS:
+            yield block
+            block, size = [], 0
+    if block:
+        yield block
+
+
+def _side_by_side(work: Callable[[One], Other], items: Iterator[One], threads: int) -> Generator[Other, None, None]:
+    """What `work` makes of each item, in their order, with few items under way at any time."""
+    if threads == 1:
+        yield from map(work, items)
+        return
+    with _alone(), ThreadPoolExecutor(threads, "tokenising") as pool:
+        under_way: deque[Any] = deque()
+        for item in items:
+            under_way.append(pool.submit(work, item))
+            if len(under_way) > threads:
+                yield under_way.popleft().result()
+        while under_way:
+            yield under_way.popleft().result()
+
+
+def _threads() -> int:
+    """One for each core that this process may use."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(cores, MAX_THREADS)
+
+
+@contextlib.contextmanager
+def _alone() -> Iterator[None]:
+    """Keep the tokenizer, which asks at each call, from starting threads of its own under ours: with both, a row takes
+    a quarter more of the processor's time."""
+    before = os.environ.get(OWN_THREADS)
+    os.environ[OWN_THREADS] = "false"
     try:
-        clipped = chat.clip(tokenizer, example, limit)
-    except DataError as error:
-        return leave_out("template", "error", str(error))
-    if not any(clipped.rendering.mask[1:]):
-        return leave_out("nothing_to_learn", "warning", "the chat template leaves no turn to learn: left out")
-    if clipped.length <= limit:
-        return example, clipped.rendering
-    over = f"{clipped.length} tokens, {clipped.length - limit} over the limit of {limit}"
-    if recipe.data.over_length != "truncate":
-        severity = "error" if recipe.data.over_length == "error" else "warning"
-        return leave_out("over_length", severity, f"{over}: left out")
-    if clipped.example is None:
-        return leave_out("answer_too_long", "warning", f"{over}, and the answer alone does not fit: left out")
-    cut = clipped.length - len(clipped.rendering.ids)
-    account["truncated"] += 1
-    account["tokens_cut"] += cut
-    message = f"{over}: the end of the prompt was cut ({cut} tokens), the answer is whole"
-    findings.append(Finding("over_length", "warning", example.source, message, split))
-    return clipped.example, clipped.rendering
+        yield
+    finally:
+        if before is None:
+            os.environ.pop(OWN_THREADS, None)
+        else:
+            os.environ[OWN_THREADS] = before
 
 
-def _stop_where_broken(recipe: Recipe, split: str, findings: Sequence[Finding]) -> None:
-    errors = [finding for finding in findings if finding.severity == "error" and finding.split == split]
+class _Kept:
+    """Counts the rows that are used: lengths, classes, and the fingerprint of what they say."""
+
+    def __init__(self, max_length: int) -> None:
+        self.max_length = max_length
+        self.totals, self.answers = array("i"), array("i")
+        self.labels: Counter[str | None] = Counter()
+        self.digest = hashlib.sha256()
+
+    def add(self, example: Example, rendering: chat.Rendering) -> None:
+        self.totals.append(len(rendering.ids))
+        self.answers.append(rendering.num_targets)
+        self.labels[example.label] += 1
+        said = {key: value for key, value in example.to_dict().items() if key not in ("id", "source")}
+        self.digest.update(json.dumps(said, sort_keys=True, ensure_ascii=False).encode() + b"\n")
+
+    def account(self) -> dict[str, Any]:
+        totals = np.array(self.totals, dtype=np.int64)
+        return {
+            "used": len(totals),
+            "sequences": int(_num_pieces(totals, self.max_length).sum()),
+            "tokens": {
+                "total": _distribution(totals),
+                "answer": _distribution(np.array(self.answers)),
+                "sum": int(totals.sum()),
+            },
+            "sha256": self.digest.hexdigest(),
+        }
+
+
+Put = Callable[[Example, chat.Rendering], None]
+
+
+@contextlib.contextmanager
+def _writer(run: Run | None, split: str, max_length: int) -> Iterator[Put]:
+    """Takes the rows that are used to the run's folder; without a run it lets them go."""
+    if run is None:
+        yield lambda example, rendering: None
+        return
+    with replacing(run.data_file(split)) as file, tokens.writing(run, split) as store:
+        row, byte = 0, 0
+
+        def put(example: Example, rendering: chat.Rendering) -> None:
+            nonlocal row, byte
+            sequences = [rendering] if example.text is None else pieces(rendering, max_length)
+            store.add(sequences, row=row, byte=byte)
+            row, byte = row + 1, byte + file.write(_line(example))
+
+        yield put
+
+
+def _line(example: Example) -> bytes:
+    given = example.to_dict()
+    try:
+        return (json.dumps(given, ensure_ascii=False) + "\n").encode()
+    except UnicodeEncodeError:  # half of a character, as in the name of a file that is not UTF-8
+        return (json.dumps(given) + "\n").encode()
+
+
+def _stop_where_broken(recipe: Recipe, split: str, findings: Findings) -> None:
+    errors = [finding for finding in findings.first if finding.severity == "error" and finding.split == split]
     over = [finding for finding in errors if finding.code == "over_length"]
     if not errors or (recipe.data.bad_rows == "skip" and not over):
         return
     first = (over or errors)[0]
-    more = f" (and {len(errors) - 1} more such rows)" if len(errors) > 1 else ""
+    others = sum(n for (of, _, severity), n in findings.counts.items() if (of, severity) == (split, "error")) - 1
+    more = f" (and {others} more such rows)" if others else ""
     advice = (
         "set data.over_length to truncate or drop"
         if first.code == "over_length"
@@ -378,44 +563,75 @@ def _stop_where_broken(recipe: Recipe, split: str, findings: Sequence[Finding]) 
 
 
 def _stop_where_empty(split: str, result: Assembled) -> None:
-    if not result.examples[split]:
-        reasons = Counter(finding.code for finding in result.findings if finding.split == split)
+    if not result.splits[split]["used"]:
+        reasons: Counter[str] = Counter()
+        for (of, code, _), count in result.findings.counts.items():
+            if of == split:
+                reasons[code] += count
         why = ", ".join(f"{count} {code}" for code, count in reasons.most_common(3))
         names = ", ".join(result.splits[split]["source"])
         raise DataError(f"data.{split}: no usable row in {names} ({why or 'it is empty'})")
 
 
-def _seen_in_training(examples: dict[str, list[Example]]) -> Iterable[Finding]:
-    """Test rows whose prompt stands in the training rows too: they make the test look better than it is."""
+class _Seen:
+    """Finds test rows whose prompt stands in the training rows too: they make the test look better than it is.
 
-    def key(example: Example) -> str:
+    Of each row a hash of 8 bytes is kept, and its place: two different rows among a million have the same hash with a
+    probability of 3e-8.
+    """
+
+    def __init__(self) -> None:
+        self.hashes = {split: array("Q") for split in ("train", "test")}
+        self.places = {split: _Places() for split in ("train", "test")}
+
+    def add(self, split: str, example: Example) -> None:
+        if split not in self.hashes:
+            return
         said = example.text if example.text is not None else "\0".join(one.content for one in example.prompt)
-        return " ".join(said.casefold().split())
+        plain = " ".join(said.casefold().split()).encode(errors="surrogatepass")
+        self.hashes[split].append(int.from_bytes(hashlib.blake2b(plain, digest_size=8).digest(), "little"))
+        self.places[split].append(example.source)
 
-    trained = {key(example): example.source for example in reversed(examples["train"])}
-    for example in examples["test"]:
-        if (twin := trained.get(key(example))) is not None:
-            yield Finding(
-                "seen_in_training", "warning", example.source, f"the same text is a training row: {twin}", "test"
-            )
+    def findings(self) -> Iterable[Finding]:
+        trained, first = np.unique(np.array(self.hashes["train"], dtype=np.uint64), return_index=True)
+        tested = np.array(self.hashes["test"], dtype=np.uint64)
+        at = np.minimum(np.searchsorted(trained, tested), max(0, len(trained) - 1))
+        for row in np.flatnonzero(trained[at] == tested) if len(trained) else ():
+            message = f"the same text is a training row: {self.places['train'][int(first[at[row]])]}"
+            yield Finding("seen_in_training", "warning", self.places["test"][int(row)], message, "test")
 
 
-def _distribution(values: Sequence[int]) -> dict[str, float]:
-    if not values:
+class _Places:
+    """Where rows were found: what stands before the number (the file) once, and 12 bytes for each row."""
+
+    def __init__(self) -> None:
+        self.names: list[str] = []
+        self.known: dict[str, int] = {}
+        self.name, self.number = array("i"), array("q")
+
+    def append(self, where: str) -> None:
+        name = where.rstrip("0123456789")
+        number = where[len(name) :]
+        if not number or str(int(number)) != number or len(number) > 18:
+            name, number = where, "-1"
+        if name not in self.known:
+            self.known[name] = len(self.names)
+            self.names.append(name)
+        self.name.append(self.known[name])
+        self.number.append(int(number))
+
+    def __getitem__(self, row: int) -> str:
+        name, number = self.names[self.name[row]], self.number[row]
+        return f"{name}{number}" if number >= 0 else name
+
+
+def _distribution(values: np.ndarray[Any, Any]) -> dict[str, float]:
+    if not len(values):
         return {}
-    array = np.asarray(values)
     return {
-        "min": int(array.min()),
-        "median": float(np.median(array)),
-        "mean": round(float(array.mean()), 2),
-        "p95": float(np.percentile(array, 95)),
-        "max": int(array.max()),
+        "min": int(values.min()),
+        "median": float(np.median(values)),
+        "mean": round(float(values.mean()), 2),
+        "p95": float(np.percentile(values, 95)),
+        "max": int(values.max()),
     }
-
-
-def _fingerprint(kept: Sequence[Example]) -> str:
-    digest = hashlib.sha256()
-    for example in kept:
-        row = {key: value for key, value in example.to_dict().items() if key not in ("id", "source")}
-        digest.update(json.dumps(row, sort_keys=True, ensure_ascii=False).encode() + b"\n")
-    return digest.hexdigest()

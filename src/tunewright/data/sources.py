@@ -1,24 +1,32 @@
 """Where rows come from: hub data sets and files. Each row carries the place where a person finds it.
 
-A row that cannot be read is not skipped here and does not stop the reading: it comes back as a `Broken`.
+Rows are read as they are asked for and are never all in memory: `Rows` can be gone through many times, and gives some
+of them in any order. A row that cannot be read is not skipped here and does not stop the reading: it comes back as a
+`Broken`.
 
 What is not covered: Spark tables; compressed files.
 """
 
 from __future__ import annotations
 
+import abc
 import csv
 import difflib
+import functools
 import glob
 import hashlib
-import io
+import itertools
 import json
 import os
+import pickle
 import re
+import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from tunewright import starter
 from tunewright.errors import DataError
@@ -28,6 +36,7 @@ STARTER = "starter:"
 """Before the name of a data file that ships with Tunewright: `starter:train.jsonl`."""
 TEXT_BLOCK = 2000
 """Characters after which a plain text file's block ends at the next blank line."""
+BOM = b"\xef\xbb\xbf"
 KINDS = (
     ((type(None),), "null"),
     ((bool,), "a boolean"),
@@ -37,7 +46,12 @@ KINDS = (
     ((dict,), "an object"),
 )
 BATCH = 1000
-"""Rows of a hub data set that are read at once."""
+"""Rows of a hub data set or Parquet file that are read at once."""
+CHUNK = 2**18
+"""Characters of a JSON list that are read at once."""
+SPACE = re.compile(r"[ \t\n\r]*")
+SPOOL_BYTES = 2**25
+"""Chosen rows of a file without a way to jump to one wait in memory up to this size, then on disk."""
 HUB = re.compile(
     r"(?P<name>[\w.-]+(?:/[\w.-]+)?)"
     r"(?::(?P<config>[\w.+-]+))?"
@@ -66,13 +80,35 @@ class Broken:
     message: str
 
 
+class Rows(Sequence[Row | Broken]):
+    """Rows that are read when they are asked for. Going through them again reads them again."""
+
+    may_break: bool = True
+    """Whether there may be a `Broken` among them."""
+
+    @abc.abstractmethod
+    def __len__(self) -> int: ...
+
+    @abc.abstractmethod
+    def __iter__(self) -> Iterator[Row | Broken]: ...
+
+    @abc.abstractmethod
+    def pick(self, numbers: Sequence[int] | np.ndarray[Any, Any]) -> Iterator[Row | Broken]:
+        """Some of the rows, in the order of the numbers (from 0, none twice)."""
+
+    def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, slice):
+            return list(self.pick(range(*index.indices(len(self)))))
+        return next(self.pick([range(len(self))[index]]))
+
+
 @dataclass(frozen=True)
 class Table:
     """The rows of one split, in their order."""
 
     names: tuple[str, ...]
     """The sources as the recipe names them."""
-    rows: Sequence[Row | Broken]
+    rows: Rows
     classes: tuple[str, ...] | None = None
     """Names of the classes, where the data set declares them."""
 
@@ -103,7 +139,7 @@ def absolute(source: str, folder: Path) -> str:
 
 
 def read(sources: Sequence[str], key: str, *, label: str | None = None) -> Table:
-    """All rows of the sources, one after another.
+    """All rows of the sources, one after another; files are gone through once, to count their rows.
 
     Args:
         sources: as the recipe names them.
@@ -113,23 +149,37 @@ def read(sources: Sequence[str], key: str, *, label: str | None = None) -> Table
     Raises:
         DataError: a source is absent or is not of a kind that can be read.
     """
-    rows: list[Sequence[Row | Broken]] = []
+    parts: list[Rows] = []
     classes: tuple[str, ...] | None = None
     for source in sources:
         if is_file(source):
-            for path in files(source, key):
-                rows.append(list(_read_file(path)))
+            parts += [READERS.get(path.suffix.lower(), _File)(path) for path in files(source, key)]
         else:
             dataset = _load_hub(source, key)
-            rows.append(_HubRows(source, dataset))
+            parts.append(_HubRows(source, dataset))
             feature: Any = dataset.features.get(label) if label else None
             classes = tuple(feature.names) if hasattr(feature, "names") else classes
-    return Table(tuple(sources), rows[0] if len(rows) == 1 else [row for part in rows for row in part], classes)
+    rows = parts[0] if len(parts) == 1 else _Joined(parts)
+    len(rows)
+    return Table(tuple(sources), rows, classes)
 
 
-def pick(rows: Sequence[Row | Broken], numbers: Sequence[int]) -> list[Row | Broken]:
-    """Some of the rows, in the order of the numbers."""
-    return list(rows.pick(numbers)) if isinstance(rows, _HubRows) else [rows[number] for number in numbers]
+class Some(Rows):
+    """Some rows of others, in an order of their own."""
+
+    def __init__(self, rows: Rows, numbers: np.ndarray[Any, Any]) -> None:
+        self.rows = rows
+        self.numbers = numbers
+        self.may_break = rows.may_break
+
+    def __len__(self) -> int:
+        return len(self.numbers)
+
+    def __iter__(self) -> Iterator[Row | Broken]:
+        return self.rows.pick(self.numbers)
+
+    def pick(self, numbers: Sequence[int] | np.ndarray[Any, Any]) -> Iterator[Row | Broken]:
+        return self.rows.pick(self.numbers[np.asarray(numbers, dtype=np.int64)])
 
 
 def files(source: str, key: str) -> list[Path]:
@@ -200,12 +250,127 @@ def _starter(source: str, key: str) -> Path:
         raise DataError(f"{key}: {source}: {error}") from None
 
 
+class _Joined(Rows):
+    """Several sources, one after another."""
+
+    def __init__(self, parts: Sequence[Rows]) -> None:
+        self.parts = parts
+        self.may_break = any(part.may_break for part in parts)
+
+    @functools.cached_property
+    def ends(self) -> np.ndarray[Any, Any]:
+        return np.cumsum([len(part) for part in self.parts])
+
+    def __len__(self) -> int:
+        return int(self.ends[-1]) if self.parts else 0
+
+    def __iter__(self) -> Iterator[Row | Broken]:
+        return itertools.chain.from_iterable(self.parts)
+
+    def pick(self, numbers: Sequence[int] | np.ndarray[Any, Any]) -> Iterator[Row | Broken]:
+        chosen = np.asarray(numbers, dtype=np.int64)
+        owners = np.searchsorted(self.ends, chosen, side="right")
+        picked = [
+            part.pick(chosen[owners == place] - (self.ends[place] - len(part))) for place, part in enumerate(self.parts)
+        ]
+        return (next(picked[owner]) for owner in owners)
+
+
+class _File(Rows):
+    """The rows of a file that is read from its beginning."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    @functools.cached_property
+    def size(self) -> int:
+        if self.path.suffix.lower() == ".parquet":
+            return sum(batch.num_rows for batch in _parquet_batches(self.path))
+        return sum(1 for _ in self)
+
+    def __len__(self) -> int:
+        return self.size
+
+    def __iter__(self) -> Iterator[Row | Broken]:
+        return _read_file(self.path)
+
+    def pick(self, numbers: Sequence[int] | np.ndarray[Any, Any]) -> Iterator[Row | Broken]:
+        chosen = np.asarray(numbers, dtype=np.int64)
+        wanted = np.zeros(len(self), dtype=bool)
+        wanted[chosen] = True
+        found = itertools.compress(self, wanted)
+        return found if (np.diff(chosen) > 0).all() else _ordered(found, chosen)
+
+
+class _JsonLines(_File):
+    """A file of JSON lines, in which the place of each line is found once and then jumped to."""
+
+    @functools.cached_property
+    def size(self) -> int:
+        return sum(1 for _ in _lines(self.path))
+
+    @functools.cached_property
+    def lines(self) -> np.ndarray[Any, Any]:
+        """For each row, where its line begins (bytes) and the line's number."""
+        return np.fromiter(
+            (place for start, number, _ in _lines(self.path) for place in (start, number)), dtype=np.int64
+        ).reshape(-1, 2)
+
+    def pick(self, numbers: Sequence[int] | np.ndarray[Any, Any]) -> Iterator[Row | Broken]:
+        chosen = np.asarray(numbers, dtype=np.int64)
+        return super().pick(chosen) if (np.diff(chosen) > 0).all() and len(chosen) > 1 else self._jump(chosen)
+
+    def _jump(self, chosen: np.ndarray[Any, Any]) -> Iterator[Row | Broken]:
+        name = shown(self.path)
+        with self.path.open("rb") as file:
+            for start, number in self.lines[chosen].tolist():
+                file.seek(start)
+                yield _json_line(f"{name}:{number}", _without_ends(file.readline(), number))
+
+
+class _JsonFile(_File):
+    """A .json file; a list is read item by item, once it is known to be one."""
+
+    @functools.cached_property
+    def is_list(self) -> bool:
+        try:
+            for _ in _items(self.path):
+                pass
+        except (ValueError, RecursionError):
+            return False
+        return True
+
+    def __iter__(self) -> Iterator[Row | Broken]:
+        if not self.is_list:
+            yield from _read_json(self.path)
+            return
+        name = shown(self.path)
+        for number, (value, text) in enumerate(_items(self.path), start=1):
+            yield _json_row(f"{name}:item {number}", value, text.encode())
+
+
+READERS: dict[str, type[_File]] = {".jsonl": _JsonLines, ".ndjson": _JsonLines, ".json": _JsonFile}
+
+
+def _ordered(found: Iterator[Row | Broken], chosen: np.ndarray[Any, Any]) -> Iterator[Row | Broken]:
+    """Rows that come in the order of their numbers, in the order of `chosen`. They wait in a file without a name."""
+    arrival = np.argsort(chosen)
+    starts = np.zeros(len(chosen), dtype=np.int64)
+    with tempfile.SpooledTemporaryFile(SPOOL_BYTES) as spool:
+        for place, row in zip(arrival, found, strict=True):
+            starts[place] = spool.tell()
+            pickle.dump(row, spool, protocol=pickle.HIGHEST_PROTOCOL)
+        for start in starts.tolist():
+            spool.seek(start)
+            yield pickle.load(spool)
+
+
 def _read_file(path: Path) -> Iterator[Row | Broken]:
     match path.suffix.lower():
         case ".jsonl" | ".ndjson":
             yield from _read_json_lines(path)
         case ".json":
-            yield from _read_json_array(path)
+            yield from _read_json(path)
         case ".csv":
             yield from _read_delimited(path, ",")
         case ".tsv":
@@ -216,27 +381,42 @@ def _read_file(path: Path) -> Iterator[Row | Broken]:
             yield from _read_text(path)
 
 
-def _read_json_lines(path: Path) -> Iterator[Row | Broken]:
-    name = shown(path)
+def _lines(path: Path) -> Iterator[tuple[int, int, bytes]]:
+    """Each line that says something: where it begins (bytes), its number, and itself."""
+    start = 0
     with path.open("rb") as file:
         for number, raw in enumerate(file, start=1):
-            where = f"{name}:{number}"
-            line = (raw.removeprefix(b"\xef\xbb\xbf") if number == 1 else raw).rstrip(b"\r\n")
-            if not line.strip():
-                continue
-            try:
-                value = json.loads(line.decode())
-            except UnicodeDecodeError as error:
-                yield Broken(where, "not_utf8", f"not UTF-8 (byte {error.start + 1}); save the file as UTF-8")
-            except (ValueError, RecursionError) as error:
-                said = getattr(error, "msg", str(error))
-                column = f" at column {error.colno}" if isinstance(error, json.JSONDecodeError) else ""
-                yield Broken(where, "broken_json", f"broken JSON{column}: {said}; each line must be one JSON object")
-            else:
-                yield _json_row(where, value, line)
+            line = _without_ends(raw, number)
+            if line and not line.isspace():
+                yield start, number, line
+            start += len(raw)
 
 
-def _read_json_array(path: Path) -> Iterator[Row | Broken]:
+def _without_ends(raw: bytes, number: int) -> bytes:
+    """A line without its line end, and the first one without a byte order mark."""
+    return (raw.removeprefix(BOM) if number == 1 else raw).rstrip(b"\r\n")
+
+
+def _read_json_lines(path: Path) -> Iterator[Row | Broken]:
+    name = shown(path)
+    for _, number, line in _lines(path):
+        yield _json_line(f"{name}:{number}", line)
+
+
+def _json_line(where: str, line: bytes) -> Row | Broken:
+    try:
+        value = json.loads(line.decode())
+    except UnicodeDecodeError as error:
+        return Broken(where, "not_utf8", f"not UTF-8 (byte {error.start + 1}); save the file as UTF-8")
+    except (ValueError, RecursionError) as error:
+        said = getattr(error, "msg", str(error))
+        column = f" at column {error.colno}" if isinstance(error, json.JSONDecodeError) else ""
+        return Broken(where, "broken_json", f"broken JSON{column}: {said}; each line must be one JSON object")
+    return _json_row(where, value, line)
+
+
+def _read_json(path: Path) -> Iterator[Row | Broken]:
+    """A list of objects, one object, JSON lines under another name, or what is wrong with the file; read whole."""
     text = _decode(path)
     if not text.strip():
         return
@@ -258,6 +438,61 @@ def _read_json_array(path: Path) -> Iterator[Row | Broken]:
         yield _json_row(f"{name}:item {number}", value, raw)
 
 
+def _items(path: Path) -> Iterator[tuple[Any, str]]:
+    """The items of a JSON list, each with its text, without reading the whole of it.
+
+    Raises:
+        ValueError: the file is not one JSON list.
+    """
+    decoder = json.JSONDecoder()
+    with path.open(encoding="utf-8-sig", newline="") as file:
+        text, at, size, ended = "", 0, CHUNK, False
+
+        def see_more() -> None:
+            nonlocal text, at, size, ended
+            read = file.read(size)
+            text, at, ended = text[at:] + read, 0, not read
+            size *= 2  # else an item of many chunks would be begun many times
+
+        def next_sign(place: int) -> int:
+            found = SPACE.match(text, place)
+            assert found is not None
+            return found.end()
+
+        while next_sign(0) == len(text) and not ended:
+            see_more()
+        at, number = next_sign(0) + 1, 0
+        if text[at - 1 : at] != "[":
+            raise ValueError("not a list")
+        while True:
+            at = next_sign(at)
+            if number == 0 and text[at : at + 1] == "]":
+                at += 1
+                break
+            end: int | None = None
+            try:
+                value, stop = decoder.raw_decode(text, at)
+                behind = next_sign(stop)
+                if text[behind : behind + 1] in (",", "]"):
+                    end = behind
+                elif ended:  # else what was read may be the beginning of a longer number
+                    raise ValueError("an item without an end")
+            except ValueError:
+                if ended:
+                    raise
+            if end is None:
+                see_more()
+                continue
+            yield value, text[at:stop]
+            number, at, size = number + 1, end + 1, CHUNK
+            if text[end] == "]":
+                break
+        while not ended:
+            see_more()
+        if text[next_sign(at) :]:
+            raise ValueError("something follows the list")
+
+
 def _json_row(where: str, value: Any, raw: bytes) -> Row | Broken:
     if not isinstance(value, dict):
         return Broken(where, "not_an_object", f"{kind(value)}, not a JSON object with columns")
@@ -272,7 +507,7 @@ def _json_row(where: str, value: Any, raw: bytes) -> Row | Broken:
 def _read_delimited(path: Path, delimiter: str) -> Iterator[Row | Broken]:
     csv.field_size_limit(2**31 - 1)
     name = shown(path)
-    reader = csv.reader(io.StringIO(_decode(path), newline=""), delimiter=delimiter, strict=True)
+    reader = csv.reader(_text_lines(path, newline=""), delimiter=delimiter, strict=True)
     header: list[str] | None = None
     while True:
         where = f"{name}:{reader.line_num + 1}"
@@ -304,19 +539,26 @@ def _read_delimited(path: Path, delimiter: str) -> Iterator[Row | Broken]:
 
 
 def _read_parquet(path: Path) -> Iterator[Row]:
+    name, number = shown(path), 0
+    for batch in _parquet_batches(path):
+        for fields in batch.to_pylist():
+            number += 1
+            yield Row(f"{name}:row {number}", fields)
+
+
+def _parquet_batches(path: Path) -> Iterator[Any]:
     import pyarrow
     from pyarrow import parquet
 
-    name, number = shown(path), 0
+    number = 0
     try:
         with parquet.ParquetFile(path) as table:
-            for batch in table.iter_batches():
-                for fields in batch.to_pylist():
-                    number += 1
-                    yield Row(f"{name}:row {number}", fields)
+            for batch in table.iter_batches(BATCH):
+                yield batch
+                number += batch.num_rows
     except (pyarrow.ArrowException, OSError) as error:
         behind = f" behind row {number}" if number else ""
-        raise DataError(f"{name}: not a readable Parquet file{behind}: {error}") from None
+        raise DataError(f"{shown(path)}: not a readable Parquet file{behind}: {error}") from None
 
 
 def _read_text(path: Path) -> Iterator[Row]:
@@ -324,9 +566,8 @@ def _read_text(path: Path) -> Iterator[Row]:
     name = shown(path)
     block: list[str] = []
     start, size = 1, 0
-    lines = io.StringIO(_decode(path), newline=None).readlines()
-    last = max((number for number, line in enumerate(lines, start=1) if line.strip()), default=0)
-    for number, line in enumerate(lines, start=1):
+    last = max((number for number, line in enumerate(_text_lines(path), start=1) if line.strip()), default=0)
+    for number, line in enumerate(_text_lines(path), start=1):
         block.append(line)
         size += len(line)
         if size >= TEXT_BLOCK and (not line.strip() or size >= 4 * TEXT_BLOCK) and number < last:
@@ -336,17 +577,41 @@ def _read_text(path: Path) -> Iterator[Row]:
         yield Row(f"{name}:{start}", {"text": "".join(block)})
 
 
+def _text_lines(path: Path, newline: str | None = None) -> Iterator[str]:
+    """A text file's lines, without a byte order mark.
+
+    Raises:
+        DataError: the file is not UTF-8.
+    """
+    with path.open(encoding="utf-8-sig", newline=newline) as file:
+        try:
+            yield from file
+        except UnicodeDecodeError:
+            raise _not_utf8(path) from None
+
+
 def _decode(path: Path) -> str:
-    raw = path.read_bytes().removeprefix(b"\xef\xbb\xbf")
     try:
-        return raw.decode()
-    except UnicodeDecodeError as error:
-        line = raw[: error.start].count(b"\n") + 1
-        raise DataError(f"{shown(path)}:{line}: not UTF-8; save the file as UTF-8") from None
+        return path.read_bytes().removeprefix(BOM).decode()
+    except UnicodeDecodeError:
+        raise _not_utf8(path) from None
 
 
-class _HubRows(Sequence[Row | Broken]):
-    """A hub data set, row by row, without holding it in memory."""
+def _not_utf8(path: Path) -> DataError:
+    """The error that names the first line that is not UTF-8. No character of more than one byte holds a line feed."""
+    with path.open("rb") as file:
+        for number, line in enumerate(file, start=1):
+            try:
+                line.decode()
+            except UnicodeDecodeError:
+                return DataError(f"{shown(path)}:{number}: not UTF-8; save the file as UTF-8")
+    return DataError(f"{shown(path)}: not UTF-8; save the file as UTF-8")
+
+
+class _HubRows(Rows):
+    """A hub data set, which Arrow maps from its files."""
+
+    may_break = False
 
     def __init__(self, source: str, dataset: Any) -> None:
         self.source = source
@@ -355,15 +620,10 @@ class _HubRows(Sequence[Row | Broken]):
     def __len__(self) -> int:
         return len(self.dataset)
 
-    def __getitem__(self, index: Any) -> Any:
-        if isinstance(index, slice):
-            return [self[number] for number in range(*index.indices(len(self)))]
-        return Row(f"{self.source}:row {index + 1}", self.dataset[int(index)])
-
-    def __iter__(self) -> Iterator[Row]:
+    def __iter__(self) -> Iterator[Row | Broken]:
         return self.pick(range(len(self)))
 
-    def pick(self, numbers: Sequence[int]) -> Iterator[Row]:
+    def pick(self, numbers: Sequence[int] | np.ndarray[Any, Any]) -> Iterator[Row | Broken]:
         """In batches, which is many times as fast as one by one."""
         for start in range(0, len(numbers), BATCH):
             chosen = numbers[start : start + BATCH]

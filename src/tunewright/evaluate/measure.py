@@ -365,7 +365,8 @@ def _report(
             "curve": [[entry["step"], entry["loss"]] for entry in log if "loss" in entry],
             "validation_curve": [[entry["step"], entry["eval_loss"]] for entry in log if "eval_loss" in entry],
         },
-        "data": {split: checks["splits"][split] for split in ("train", "test")} | {"findings": checks["findings"][:50]},
+        "data": {split: checks["splits"][split] for split in ("train", "test")}
+        | {"findings": _gravest(checks["findings"])[:50], "counts": checks["counts"]},
         "model": {key: resolved["model"][key] for key in ("name", "revision", "parameters")},
         "repeat": [
             f"tunewright run {where}/recipe.yaml --fresh",
@@ -378,6 +379,11 @@ def _report(
     if labels is not None:
         body["labels"] = labels
     return body
+
+
+def _gravest(findings: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Errors first, then warnings, each in their order."""
+    return sorted(findings, key=lambda finding: ("error", "warning", "info").index(finding["severity"]))
 
 
 def _examples(test: Sequence[Example], answers: Answers, labels: list[str] | None) -> list[dict[str, Any]]:

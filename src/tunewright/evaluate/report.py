@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections import Counter
 from collections.abc import Callable, Sequence
 from datetime import datetime
 from functools import cache
@@ -220,7 +221,7 @@ def _cautions(report: Report) -> list[str]:
     test = data.get("test") or {}
     if test.get("truncated", 0) > 0.05 * max(1, test.get("used", 0)):
         found.append(f"{test['truncated']:,} of {test['used']:,} test rows were cut to the maximum length.")
-    errors = sum(finding["severity"] == "error" for finding in data.get("findings") or [])
+    errors = _by_severity(data)["error"]
     if errors:
         found.append(f"The data checks report {errors:,} {'error' if errors == 1 else 'errors'}: see Data.")
     return found
@@ -518,13 +519,22 @@ def _thinned(points: Sequence[Sequence[float]], most: int = 800) -> list[Sequenc
 def _data(data: dict[str, Any]) -> dict[str, Any]:
     splits = [{"name": name, **data[name]} for name in ("train", "validation", "test") if data.get(name)]
     order, findings = {"error": "errors", "warning": "warnings", "info": "notes"}, data.get("findings") or []
-    counts = [(sum(finding["severity"] == one for finding in findings), one, many) for one, many in order.items()]
+    by_severity = _by_severity(data)
+    counts = [(by_severity[one], one, many) for one, many in order.items()]
     return {
         "splits": splits,
         "findings": sorted(findings, key=lambda finding: list(order).index(finding["severity"]))[:MOST_FINDINGS],
-        "found": len(findings),
+        "found": by_severity.total(),
         "told": ", ".join(f"{n:,} {many if n > 1 else one}" for n, one, many in counts if n),
     }
+
+
+def _by_severity(data: dict[str, Any]) -> Counter[str]:
+    """How many findings there are of each severity; the report holds only the first of each kind."""
+    counted: Counter[str] = Counter()
+    for one in data.get("counts") or [{**finding, "count": 1} for finding in data.get("findings") or []]:
+        counted[one["severity"]] += one["count"]
+    return counted
 
 
 # Numbers and texts

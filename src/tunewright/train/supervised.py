@@ -21,7 +21,7 @@ from tunewright.models import ModelRef
 from tunewright.run import Run
 from tunewright.tracking import Tracker
 from tunewright.train import checkpoints, exact
-from tunewright.train.assembling import LengthGrouped, Rendered, Rows, collate
+from tunewright.train.assembling import LengthGrouped, Rows, collate
 from tunewright.train.exact import Exact
 from tunewright.train.steps import Steps, settle
 from tunewright.train.weights import trainable
@@ -41,8 +41,8 @@ def fit(run: Run, tracker: Tracker) -> None:
     ref = ModelRef.from_dict(resolved["model"])
     tokenizer = models.load_tokenizer(ref)
     equipment = chat.equip(tokenizer)
-    rows = _rows(run, "train", tokenizer, resolved["max_length"])
-    validation = _rows(run, "validation", tokenizer, resolved["max_length"]) if recipe.data.validation else None
+    rows = _rows(run, "train", tokenizer)
+    validation = _rows(run, "validation", tokenizer) if recipe.data.validation else None
     if recipe.train.dataloader_drop_last and len(rows) < recipe.train.batch_size:
         raise DataError(
             f"{len(rows)} training rows do not fill one batch of {recipe.train.batch_size}, and "
@@ -156,14 +156,9 @@ class SupervisedTrainer(Steps, Exact):
         return LengthGrouped(self.train_dataset, self.args.train_batch_size, seed)
 
 
-def _rows(run: Run, split: str, tokenizer: Any, max_length: int) -> Rows:
+def _rows(run: Run, split: str, tokenizer: Any) -> Rows:
     """The prepared rows; preparation left out, by name, those that there is nothing to learn from."""
-    renderings, sources = [], []
-    for example in prepare.examples(run, split):
-        whole = prepare.render(tokenizer, example)
-        pieces = [whole] if example.text is None else prepare.pieces(whole, max_length)
-        renderings += pieces
-        sources += [example.source] * len(pieces)
-    if not all(any(rendering.mask[1:]) for rendering in renderings):
+    store = prepare.stored(run, split, tokenizer)
+    if not store.targets.all():
         raise DataError(f"{run.data_file(split)}: a row has no token to learn from; prepare the data again")
-    return Rows(Rendered(renderings, sources))
+    return Rows(store)
