@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -12,10 +13,20 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from tunewright import chat, models
-from tunewright.chat import Example, Message, Rendering
+from tunewright.chat import Rendering
 from tunewright.data import prepare
-from tunewright.train.assembling import Collator, LengthGrouped, Rows, render_all
+from tunewright.train import losses
+from tunewright.train.assembling import (
+    Layout,
+    LengthGrouped,
+    Rendered,
+    Row,
+    Rows,
+    assemble,
+    collate,
+    into_bins,
+)
+from tunewright.train.steps import settle
 
 PAD = 0
 SHAPES: dict[str, dict[str, Any]] = {
@@ -41,8 +52,12 @@ def model_of(kind: str) -> Any:
 
 
 @pytest.fixture(scope="module", params=list(SHAPES))
-def model(request: pytest.FixtureRequest) -> Any:
-    return model_of(request.param)
+def models_pair(request: pytest.FixtureRequest) -> tuple[Any, Any]:
+    """A model made ready for training, and the same one as it came."""
+    reference = model_of(request.param)
+    model = copy.deepcopy(reference)
+    assert settle(model, 61, 64) == "flat"
+    return model, reference
 
 
 def renderings() -> st.SearchStrategy[list[Rendering]]:
@@ -68,41 +83,83 @@ def gradients(model: Any, loss: torch.Tensor) -> list[torch.Tensor]:
     return list(torch.autograd.grad(loss, list(model.parameters())))
 
 
-@given(rows=renderings())
-def test_loss_and_every_gradient_equal_the_plain_ones(model: Any, rows: list[Rendering]) -> None:
-    batch = Collator(PAD)(rows)
-    logits = model(**{key: value for key, value in batch.items() if key not in ("labels", "shift_labels")}).logits
-    # Transformers' own loss goes through float32 whatever the model's type, so its value is compared less strictly.
-    loss = torch.nn.functional.cross_entropy(logits, batch["shift_labels"])
-    plain = plain_loss(model, rows)
-    torch.testing.assert_close(loss, plain, rtol=1e-12, atol=1e-12)
-    for ours, theirs in zip(gradients(model, loss), gradients(model, plain), strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-12)
-    own = model(**batch).loss
-    torch.testing.assert_close(own, plain, rtol=1e-5, atol=1e-6, check_dtype=False)
+def batch_of(rows: list[Rendering], layout: Layout) -> dict[str, Any]:
+    return assemble([Row(number, row.ids, row.mask) for number, row in enumerate(rows)], layout, PAD)
 
 
-@given(rows=renderings())
-def test_the_loss_is_that_of_labels_of_minus_100(model: Any, rows: list[Rendering]) -> None:
-    batch = Collator(PAD)(rows)
-    labels_BT = torch.full_like(batch["input_ids"], -100)
-    for number, row in enumerate(rows):
-        for place, (token, flag) in enumerate(zip(row.ids, row.mask, strict=True)):
-            if flag:
-                labels_BT[number, place] = token
-    usual = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], labels=labels_BT)
-    torch.testing.assert_close(model(**batch).loss, usual.loss, rtol=1e-6, atol=1e-7)
+@given(rows=renderings(), layout=st.sampled_from(["flat", "padded", "plain"]), slices=st.booleans())
+def test_loss_and_every_gradient_equal_the_plain_ones(
+    models_pair: tuple[Any, Any], rows: list[Rendering], layout: Layout, slices: bool
+) -> None:
+    model, reference = models_pair
+    with pytest.MonkeyPatch.context() as patch:
+        if slices:  # of two places each
+            patch.setattr(losses, "SLICE", 2 * 61)
+        batch = batch_of(rows, layout)
+        if layout == "plain":
+            # Transformers' own loss goes through float32 whatever the model's type, so its logits are compared.
+            kept = {key: value for key, value in batch.items() if key not in ("labels", "shift_labels")}
+            loss = torch.nn.functional.cross_entropy(model(**kept).logits, batch["shift_labels"])
+        else:
+            loss = model(**batch).loss
+        plain = plain_loss(reference, rows)
+        torch.testing.assert_close(loss, plain, rtol=1e-12, atol=1e-12)
+        for ours, theirs in zip(gradients(model, loss), gradients(reference, plain), strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-12)
 
 
-@given(rows=renderings())
-def test_every_target_is_kept_once_and_no_padding_is(rows: list[Rendering]) -> None:
-    batch = Collator(PAD)(rows)
-    assert batch["labels"].tolist() == [
-        token for row in rows for place, token in enumerate(row.ids) if place and row.mask[place]
+@given(rows=renderings(), budget=st.integers(1, 40), layout=st.sampled_from(["flat", "padded"]))
+def test_however_the_rows_fall_into_bins_the_gradient_is_that_of_the_whole(
+    models_pair: tuple[Any, Any], rows: list[Rendering], budget: int, layout: Layout
+) -> None:
+    model, reference = models_pair
+    total = sum(sum(row.mask[1:]) for row in rows)
+    parts = [
+        model(**batch_of([rows[place] for place in held], layout), num_items_in_batch=total).loss
+        for held in into_bins([len(row.ids) for row in rows], budget, layout=layout)
     ]
-    assert int(batch["logits_to_keep"].sum()) == len(batch["labels"])
-    assert not (batch["logits_to_keep"] & (batch["attention_mask"] == 0)).any()
-    assert batch["attention_mask"].sum(dim=1).tolist() == [len(row.ids) for row in rows]
+    whole = plain_loss(reference, rows)
+    for ours, theirs in zip(gradients(model, torch.stack(parts).sum()), gradients(reference, whole), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-12)
+
+
+@given(rows=renderings(), layout=st.sampled_from(["flat", "padded"]))
+def test_every_target_is_kept_once_and_no_padding_is(rows: list[Rendering], layout: Layout) -> None:
+    batch = batch_of(rows, layout)
+    targets = [token for row in rows for place, token in enumerate(row.ids) if place and row.mask[place]]
+    assert batch["targets"].tolist() == targets
+    assert batch["input_ids"].flatten()[batch["kept"] + 1].tolist() == targets
+    if layout == "flat":
+        assert batch["input_ids"].tolist() == [[token for row in rows for token in row.ids]]
+        assert batch["position_ids"].tolist() == [[place for row in rows for place in range(len(row.ids))]]
+
+
+@given(
+    lengths=st.lists(st.integers(1, 50), min_size=1, max_size=20),
+    budget=st.integers(1, 120),
+    layout=st.sampled_from(["flat", "padded"]),
+    most=st.none() | st.integers(1, 5),
+)
+def test_bins_hold_every_row_once_and_no_more_than_their_budget(
+    lengths: list[int], budget: int, layout: Layout, most: int | None
+) -> None:
+    bins = into_bins(lengths, budget, layout=layout, most_rows=most)
+    assert sorted(row for held in bins for row in held) == list(range(len(lengths)))
+    for held in bins:
+        tokens = [lengths[row] for row in held]
+        size = sum(tokens) if layout == "flat" else max(tokens) * len(tokens)
+        assert len(held) == 1 or size <= budget
+        assert most is None or len(held) <= most
+    if layout == "flat" and most is None:  # best-fit decreasing: no two bins would fit into one
+        used = sorted(sum(lengths[row] for row in held) for held in bins)
+        assert len(used) < 2 or used[0] + used[1] > budget
+
+
+def test_the_rows_of_a_step_are_handed_on_whole_with_their_targets_counted() -> None:
+    rows = [Row(4, [1, 2, 3], [False, True, True]), Row(9, [5, 6], [True, True])]
+    batch = collate(rows)
+    assert batch["rows"] == rows
+    assert batch["shift_labels"].tolist() == [2, 3, 6]  # a first token is nobody's target
 
 
 @given(length=st.integers(2, 60), size=st.integers(2, 20))
@@ -115,20 +172,12 @@ def test_a_long_text_is_cut_so_that_each_token_but_the_first_is_a_target_once(le
     assert all(later.ids[0] == earlier.ids[-1] for earlier, later in itertools.pairwise(cut))
 
 
-def test_only_plain_text_is_cut_in_pieces(base: Path) -> None:
-    ref = models.find(str(base))
-    tokenizer = models.load_tokenizer(ref)
-    chat.equip(tokenizer)
-    text = Example("a", "a", text="lovely great fine superb kind " * 4)
-    talk = Example("b", "b", (Message("user", "lovely " * 20), Message("assistant", "good")))
-    rendered = render_all(tokenizer, [text, talk], 16)
-    assert max(len(one.ids) for one in rendered[:-1]) == 16
-    assert rendered[-1] == chat.render(tokenizer, talk.messages)
-    assert rendered[-2].ids[-1] == tokenizer.eos_token_id
+def rows_of(lengths: Sequence[int]) -> Rows:
+    return Rows(Rendered([Rendering([1] * length, [True] * length) for length in lengths], [""] * len(lengths)))
 
 
 def test_rows_of_like_length_stand_together_in_an_order_of_seed_and_epoch() -> None:
-    rows = Rows([Rendering([1] * length, [True] * length) for length in (9, 2, 8, 3, 9, 2, 8, 3) * 8])
+    rows = rows_of((9, 2, 8, 3, 9, 2, 8, 3) * 8)
     sampler = LengthGrouped(rows, 4, seed=3)
     first = list(sampler)
     sampler.set_epoch(1)
@@ -142,7 +191,7 @@ def test_rows_of_like_length_stand_together_in_an_order_of_seed_and_epoch() -> N
 
 def test_grouped_batches_need_less_padding_than_random_ones() -> None:
     lengths = torch.randint(2, 60, (256,), generator=torch.Generator().manual_seed(0)).tolist()
-    rows = Rows([Rendering([1] * length, [True] * length) for length in lengths])
+    rows = rows_of(lengths)
 
     def padding(order: list[int]) -> int:
         batches = [[lengths[row] for row in order[at : at + 8]] for at in range(0, len(order), 8)]
