@@ -115,6 +115,7 @@ def assemble(
             if split == "train":
                 result.labels = _learnable(recipe, table, result.labels, counts)
             result.splits[split]["labels"] = {label: counts[label] for label in result.labels}
+            result.splits[split]["label_nodes"] = _label_nodes(result.labels, tokenizer, equipment)
     result.findings.extend(notes)
     result.findings.extend(_seen_in_training(result.examples))
     return result
@@ -291,6 +292,12 @@ def _limits(
     longest = max((length for length in lengths.values() if length <= max_length), default=0)
     context = ref.context or max_length + longest
     return {label: min(max_length, context - longest + length) for label, length in lengths.items()}
+
+
+def _label_nodes(labels: Sequence[str], tokenizer: Any, equipment: Equipment) -> int:
+    """Tokens that scoring all labels behind a prompt computes: each beginning of a label once, no whole label."""
+    rendered = [chat.render_answer(tokenizer, equipment, label) for label in labels]
+    return len({tuple(ids[:size]) for ids in rendered for size in range(1, len(ids))})
 
 
 def _known_labels(split: str, good: list[Example], account: dict[str, Any], result: Assembled) -> list[Example]:
