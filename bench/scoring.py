@@ -24,6 +24,8 @@ from tunewright.generate import LabelTree, LocalCompleter
 from tunewright.train.assembling import Rows
 
 ROWS, BATCH, SHARED, VOCABULARY, END = 16, 8, 200, 50257, 50256
+LAYERS = 6
+"""Half of GPT-2's, for time; the head is all of it."""
 LABELS = [[3967, END], [4633, END]]
 """Two words of one token, each with its end of turn."""
 PEER = "Trainer.predict"
@@ -53,7 +55,7 @@ def make_rivals() -> dict[str, Callable[[], Any]]:
     shared = generator.integers(1, END, SHARED).tolist()
     prompts = [[*shared, *generator.integers(1, END, length).tolist()] for length in lengths]
     torch.manual_seed(0)
-    model = GPT2LMHeadModel(GPT2Config()).eval()
+    model = GPT2LMHeadModel(GPT2Config(n_layer=LAYERS)).eval()
     completer = LocalCompleter(model, None, Equipment("own", "", END, [END], END))
     beginnings = [label[:size] for label in LABELS for size in (1, 2)]  # the first token's score, and the label's
     tree = LabelTree.plant([str(one) for one in beginnings], beginnings)

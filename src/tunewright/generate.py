@@ -22,8 +22,9 @@ Progress = Callable[[int, int], None]
 
 LOGITS = 2**26
 """Numbers in one batch's logits at most (256 MB in float32), so that a large vocabulary does not fill the memory."""
-CPU_TOKENS = 2048
-"""Tokens in one batch on a CPU: what a layer makes of more of them does not fit into its caches and takes longer."""
+CPU_NUMBERS = 400_000
+"""Numbers in a batch's hidden states on a CPU, about: what a layer makes of four times as many does not fit into its
+caches, and takes a quarter longer."""
 PIECE = 64
 """Nodes of a label tree in one row at most: a row's attention costs the square of its length."""
 WORTH_SHARING = 64
@@ -167,7 +168,7 @@ class LocalCompleter:
         self.model = model
         self.tokenizer = tokenizer
         self.equipment = equipment
-        self.batch_tokens = batch_tokens or (CPU_TOKENS if model.device.type == "cpu" else 8192)
+        self.batch_tokens = batch_tokens or _batch_tokens(model)
         self.batch_rows = batch_rows
         self.context: int | None = getattr(model.config, "max_position_embeddings", None)
         self._proven: dict[Way, bool] = {}
@@ -495,6 +496,12 @@ def savable(settings: Any) -> Any:
         return mended
     ends = {key: getattr(settings, key) for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
     return GenerationConfig(**ends)
+
+
+def _batch_tokens(model: Any) -> int:
+    if model.device.type != "cpu":
+        return 8192
+    return int(min(2048, max(256, CPU_NUMBERS // getattr(model.config.get_text_config(), "hidden_size", 256))))
 
 
 def _choose(logprobs_V: Any, temperature: float, top_p: float, generator: Any) -> int:

@@ -125,7 +125,7 @@ def render(tokenizer: Any, example: Example) -> chat.Rendering:
     """An example's ids and loss mask, whatever its task."""
     if example.text is not None:
         return chat.render_text(tokenizer, example.text, ends=example.ends)
-    return chat.render(tokenizer, example.messages)
+    return chat.render(tokenizer, example.messages, example.tools)
 
 
 def pieces(whole: chat.Rendering, max_length: int) -> list[chat.Rendering]:
