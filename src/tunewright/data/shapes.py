@@ -187,7 +187,10 @@ def _tool_calls(given: Any, number: int, tools: Sequence[dict[str, Any]]) -> tup
 
 def _arguments(given: Any, which: str) -> str:
     """A call's arguments as JSON text: OpenAI gives text, other data sets an object."""
-    text = given if isinstance(given, str) else json.dumps(given, ensure_ascii=False)
+    try:
+        text = given if isinstance(given, str) else json.dumps(given, ensure_ascii=False)
+    except TypeError as error:  # a date, say, in a Parquet file
+        raise Unusable("messages", f"{which}: arguments: {error}; give them as JSON text") from None
     read = _json(text, f"{which}: arguments")
     if not isinstance(read, dict):
         raise Unusable("messages", f"{which}: arguments is {sources.kind(read)}, not a JSON object")
