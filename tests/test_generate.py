@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -33,6 +34,7 @@ SHAPES: dict[str, dict[str, Any]] = {
     "gpt_neo": {"num_layers": 2, "num_heads": 4, "attention_types": [[["global", "local"], 1]], "window_size": 8},
     "opt": {"ffn_dim": 48, "word_embed_proj_dim": 32},
     "bloom": {},
+    "openai-gpt": {},
     "mamba": {"state_size": 4},
     "falcon_h1": {
         "num_key_value_heads": 2,
@@ -119,6 +121,130 @@ def test_a_score_is_the_sum_of_the_label_tokens_logprobs(model: Any, batch_token
     scores = completer_of(model, batch_tokens=batch_tokens).score(PROMPTS, tree)
     for prompt, row in zip(PROMPTS, scores, strict=True):
         assert row == pytest.approx([by_hand(model, prompt, label) for label in LABELS], abs=2e-4)
+
+
+SHARED = [40, 41, 42, 43, 44, 45]
+"""What all of a call's prompts may begin with."""
+AT_ONCE = {"llama", "gpt2", "qwen2", "gemma", "opt"}
+"""Shapes that take keys and values of earlier tokens and a mask of ours."""
+
+
+@pytest.fixture
+def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every beginning is worth sharing and two nodes are a large tree."""
+    monkeypatch.setattr(generate, "WORTH_SHARING", 1)
+    monkeypatch.setattr(generate, "PIECE", 2)
+
+
+def fed(model: Any, work: Callable[[], Any]) -> int:
+    """Tokens that go through the model."""
+    count = 0
+
+    def watch(_: Any, __: Any, given: dict[str, Any]) -> None:
+        nonlocal count
+        count += given["input_ids"].numel()
+
+    hook = model.register_forward_pre_hook(watch, with_kwargs=True)
+    try:
+        work()
+    finally:
+        hook.remove()
+    return count
+
+
+@pytest.mark.usefixtures("small_pieces")
+@pytest.mark.parametrize("batch_tokens", [2048, 30])
+def test_a_shared_beginning_and_a_tree_in_pieces_give_the_same_scores(model: Any, batch_tokens: int) -> None:
+    tree = LabelTree.plant("abcde", LABELS)
+    completer = completer_of(model, batch_tokens=batch_tokens)
+    prompts = [SHARED + prompt for prompt in PROMPTS]
+    for prompt, row in zip(prompts, completer.score(prompts, tree), strict=True):
+        assert row == pytest.approx([by_hand(model, prompt, label) for label in LABELS], abs=2e-4)
+
+
+@pytest.mark.usefixtures("small_pieces")
+@pytest.mark.parametrize("kind", list(SHAPES))
+def test_each_architecture_goes_the_shortest_way_that_it_keeps_to(kind: str) -> None:
+    tree = LabelTree.plant("abcde", LABELS)
+    model = model_of(kind)
+    completer = completer_of(model)
+    prompts = [SHARED + prompt for prompt in PROMPTS]
+    completer.score(prompts, tree)  # tries the ways
+    own, behind = sum(map(len, PROMPTS)), len(prompts) * len(tree.inner)
+    apart = sum(len(prompt) * len(tree.branches) for prompt in prompts)
+    count = fed(model, lambda: [completer.score([SHARED + one, SHARED + one], tree) for one in PROMPTS])
+    if kind in AT_ONCE:
+        assert count <= 2 * (own + behind + 2 * len(prompts)) + len(SHARED) * len(prompts) + own
+    else:
+        assert count >= apart
+
+
+@pytest.mark.parametrize("size", [1, 2, 64])
+def test_scores_are_those_of_a_sequence_for_each_label_in_double_precision(
+    monkeypatch: pytest.MonkeyPatch, size: int
+) -> None:
+    """What differs in single precision is rounding, then: the sums are the same."""
+    monkeypatch.setattr(generate, "PIECE", size)
+    monkeypatch.setattr(generate, "WORTH_SHARING", 1)
+    tree = LabelTree.plant("abcde", LABELS)
+    model = model_of("llama").double()
+    prompts = [SHARED + prompt for prompt in PROMPTS]
+    for prompt, row in zip(prompts, completer_of(model).score(prompts, tree), strict=True):
+        assert row == pytest.approx([by_hand(model, prompt, label) for label in LABELS], abs=1e-9)
+
+
+@pytest.mark.usefixtures("small_pieces")
+@pytest.mark.parametrize("kind", sorted(AT_ONCE))
+def test_scores_are_those_of_a_sequence_for_each_label_to_a_hundred_thousandth(kind: str) -> None:
+    tree = LabelTree.plant("abcde", LABELS)
+    model = model_of(kind)
+    for weight in model.parameters():
+        if weight.dim() > 1:
+            weight.data /= 2  # else logits of some tens, with rounding to match
+    prompts = [SHARED + prompt for prompt in PROMPTS]
+    for prompt, row in zip(prompts, completer_of(model).score(prompts, tree), strict=True):
+        assert row == pytest.approx([by_hand(model, prompt, label) for label in LABELS], abs=1e-5)
+
+
+def test_what_all_prompts_begin_with_is_computed_once(llama: Any) -> None:
+    tree = LabelTree.plant("ab", [[10, 11], [12, 11]])
+    prompts = [[*SHARED, *SHARED, *SHARED, last] for last in range(50, 60)]
+    completer = completer_of(llama)
+    completer.score(prompts, tree)  # tries the way
+    assert fed(llama, lambda: completer.score(prompts, tree)) == 18 + 10 * (1 + 2)
+
+
+@pytest.mark.usefixtures("small_pieces")
+def test_an_adapter_s_model_is_scored_the_same_way(llama: Any) -> None:
+    from peft import LoraConfig, get_peft_model
+
+    tree = LabelTree.plant("abcde", LABELS)
+    prompts = [SHARED + prompt for prompt in PROMPTS]
+    lora = LoraConfig(target_modules=["q_proj", "v_proj"], init_lora_weights=False)
+    with models.quiet():
+        adapted = get_peft_model(model_of("llama"), lora).eval()
+    scores = completer_of(adapted).score(prompts, tree)
+    assert scores[0] != pytest.approx(completer_of(llama).score(prompts, tree)[0], abs=0.1)
+    for prompt, row in zip(prompts, scores, strict=True):
+        assert row == pytest.approx([by_hand(adapted, prompt, label) for label in LABELS], abs=2e-4)
+
+
+@given(
+    labels=st.lists(st.lists(st.integers(3, 6), max_size=7), min_size=1, max_size=20, unique_by=tuple),
+    size=st.integers(1, 6),
+)
+def test_pieces_hold_each_inner_node_once_behind_its_ancestors(labels: list[list[int]], size: int) -> None:
+    tree = LabelTree.plant([str(label) for label in labels], [[*label, STOP] for label in labels])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(generate, "PIECE", size)
+        pieces = tree.pieces
+    assert sorted(node for piece in pieces for node in piece.nodes) == tree.inner
+    for piece in pieces:
+        assert 0 < len(piece.nodes) <= size
+        before = [-1]
+        for node in [*piece.ancestors, *piece.nodes]:
+            assert tree.parents[node] in before
+            before.append(node)
 
 
 def test_an_attention_without_a_kernel_gives_the_same_scores() -> None:
@@ -213,10 +339,12 @@ def test_losses_leave_a_training_model_trainable(llama: Any) -> None:
     llama.zero_grad()
 
 
-@pytest.mark.parametrize("what", ["losses", "score"])
+@pytest.mark.parametrize("what", ["losses", "score", "score in pieces"])
 def test_no_batch_computes_more_logits_than_fit(llama: Any, monkeypatch: pytest.MonkeyPatch, what: str) -> None:
     """50,000 words of vocabulary times 8,192 tokens would be 1.6 GB, and twice that for their logarithms."""
     monkeypatch.setattr(generate, "LOGITS", 40 * VOCABULARY)
+    if what == "score in pieces":
+        monkeypatch.setattr(generate, "PIECE", 2)
     largest = 0
 
     def watch(_: Any, __: Any, output: Any) -> None:

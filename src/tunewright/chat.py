@@ -8,7 +8,11 @@ between is another. Each segment is tokenised on its own. So the ids of a prompt
 of the same prompt with its answer, whatever the tokeniser likes to merge, and the loss covers the assistant's words
 and the token that ends its turn, nothing else.
 
-What is not covered: images, audio, tools.
+Tools that a row declares, calls of tools and what tools answered are rendered by the template, as Transformers hands
+them over: `tools` as JSON schemas, a call's arguments as an object. The loss covers a call as it covers words. A
+template that would leave any of it out is refused, for a model cannot learn to call what it is not shown.
+
+What is not covered: images, audio; reading calls out of generated text.
 """
 
 from __future__ import annotations
@@ -16,6 +20,7 @@ from __future__ import annotations
 import datetime
 import functools
 import hashlib
+import json
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
@@ -27,14 +32,24 @@ ROLES = ("system", "user", "assistant", "developer", "tool")
 
 DEFAULT_TEMPLATE = (
     "{{- BOS -}}"
+    "{%- if tools -%}{{- 'Tools:\\n' -}}"
+    "{%- for tool in tools -%}{{- tool | tojson + '\\n' -}}{%- endfor -%}"
+    "{%- endif -%}"
     "{%- for message in messages -%}"
     "{{- message['role'] | capitalize + ':\\n' + message['content'] -}}"
+    "{%- for call in message['tool_calls'] or [] -%}"
+    "{{- '\\n' if message['content'] or not loop.first -}}"
+    "{{- 'Call: ' + {'name': call.function.name, 'arguments': call.function.arguments} | tojson -}}"
+    "{%- endfor -%}"
     "{%- if message['role'] == 'assistant' -%}{{- eos_token -}}{%- endif -%}"
     "{{- '\\n' -}}"
     "{%- endfor -%}"
     "{%- if add_generation_prompt -%}{{- 'Assistant:\\n' -}}{%- endif -%}"
 )
-"""For tokenizers without a template. Every header ends in a line break, where ordinary tokenizers do not merge."""
+"""For tokenizers without a template. Every header ends in a line break, where ordinary tokenizers do not merge.
+
+Tools stand first, one JSON schema a line under `Tools:`; each call is a line of the assistant's turn, `Call: ` and JSON
+with name and arguments; what a tool answered stands under `Tool:`."""
 
 PLAIN = {"role", "content"}
 """What a message says that has no more to say than these."""
@@ -51,15 +66,67 @@ template takes where there is no clock."""
 
 
 @dataclass(frozen=True)
+class ToolCall:
+    """A call of a function that an assistant makes."""
+
+    name: str
+    arguments: str
+    """A JSON object, as text."""
+    id: str | None = None
+    """What the tool's message names as `tool_call_id`."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """As OpenAI's endpoints take it."""
+        return self._form(self.arguments)
+
+    def for_template(self) -> dict[str, Any]:
+        """As templates take it: the arguments are an object."""
+        return self._form(json.loads(self.arguments))
+
+    def _form(self, arguments: Any) -> dict[str, Any]:
+        call = {"type": "function", "function": {"name": self.name, "arguments": arguments}}
+        return call if self.id is None else {"id": self.id, **call}
+
+
+@dataclass(frozen=True)
 class Message:
     role: str
     content: str
+    """Empty where an assistant only calls tools."""
     weight: int = 1
     """0: an assistant's turn that is shown but not learnt from (OpenAI's `weight`)."""
+    tool_calls: tuple[ToolCall, ...] = ()
+    tool_call_id: str | None = None
+    """Of a tool's message: the call that it answers."""
+    name: str | None = None
+    """Of a tool's message: the function."""
 
-    def to_dict(self) -> dict[str, str]:
-        """As templates and endpoints take it."""
-        return {"role": self.role, "content": self.content}
+    def to_dict(self) -> dict[str, Any]:
+        """As endpoints take it."""
+        row: dict[str, Any] = {"role": self.role, "content": self.content}
+        if self.tool_calls:
+            row |= {"content": self.content or None, "tool_calls": [call.to_dict() for call in self.tool_calls]}
+        return row | self._answers()
+
+    def for_template(self) -> dict[str, Any]:
+        """As templates take it. Content is always text, for many templates write null as a word."""
+        row: dict[str, Any] = {"role": self.role, "content": self.content}
+        if self.tool_calls:
+            row["tool_calls"] = [call.for_template() for call in self.tool_calls]
+        return row | self._answers()
+
+    def _answers(self) -> dict[str, str]:
+        return {key: value for key in ("tool_call_id", "name") if (value := getattr(self, key)) is not None}
+
+    @classmethod
+    def from_dict(cls, row: dict[str, Any]) -> Message:
+        """What `to_dict` wrote, and with `weight` what `Example.to_dict` did."""
+        calls = tuple(
+            ToolCall(call["function"]["name"], call["function"]["arguments"], call.get("id"))
+            for call in row.get("tool_calls") or ()
+        )
+        content = row["content"] or ""
+        return cls(row["role"], content, row.get("weight", 1), calls, row.get("tool_call_id"), row.get("name"))
 
 
 @dataclass(frozen=True)
@@ -78,6 +145,8 @@ class Example:
     """For pretraining; then there are no messages."""
     ends: bool = True
     """Pretraining: the text is the end of a document, so an end-of-sequence token follows."""
+    tools: tuple[dict[str, Any], ...] = ()
+    """Functions that the assistant may call: OpenAI's `tools`."""
 
     @property
     def prompt(self) -> tuple[Message, ...]:
@@ -86,19 +155,34 @@ class Example:
 
     @property
     def answer(self) -> str:
-        return self.messages[-1].content if self.messages else ""
+        """What the last message says, and the calls that it makes as lines of JSON."""
+        if not self.messages:
+            return ""
+        last = self.messages[-1]
+        return "\n".join(
+            [*([last.content] if last.content or not last.tool_calls else []), *map(_line, last.tool_calls)]
+        )
 
     def to_dict(self) -> dict[str, Any]:
         row: dict[str, Any] = {"id": self.id, "source": self.source}
         if self.text is not None:
             return {**row, "text": self.text, "ends": self.ends}
         row["messages"] = [message.to_dict() | ({} if message.weight else {"weight": 0}) for message in self.messages]
+        if self.tools:
+            row["tools"] = list(self.tools)
         return {**row, "label": self.label} if self.label is not None else row
 
     @classmethod
     def from_dict(cls, row: dict[str, Any]) -> Example:
-        messages = tuple(Message(one["role"], one["content"], one.get("weight", 1)) for one in row.get("messages", ()))
-        return cls(row["id"], row["source"], messages, row.get("label"), row.get("text"), row.get("ends", True))
+        return cls(
+            row["id"],
+            row["source"],
+            tuple(map(Message.from_dict, row.get("messages", ()))),
+            row.get("label"),
+            row.get("text"),
+            row.get("ends", True),
+            tuple(row.get("tools", ())),
+        )
 
 
 @dataclass(frozen=True)
@@ -175,6 +259,7 @@ def check_messages(messages: Sequence[Message], where: str) -> None:
     for number, message in enumerate(messages, start=1):
         if message.role not in ROLES:
             raise DataError(f"{where}: message {number}: unknown role {message.role!r}; known: {', '.join(ROLES)}")
+    _check_calls(messages, where)
     if messages[-1].role != "assistant":
         raise DataError(
             f"{where}: the last message is from {messages[-1].role!r}; training needs one from 'assistant' to learn "
@@ -184,29 +269,80 @@ def check_messages(messages: Sequence[Message], where: str) -> None:
         raise DataError(f"{where}: there is nothing before the assistant's message; training needs a user's to answer")
 
 
-def render(tokenizer: Any, messages: Sequence[Message]) -> Rendering:
+def _check_calls(messages: Sequence[Message], where: str) -> None:
+    """Every tool's message answers a call of the assistant's message before it, and every call but those of the last
+    message is answered before the conversation goes on."""
+    waiting: list[str | None] = []
+    for number, message in enumerate(messages, start=1):
+        here = f"{where}: message {number}"
+        if message.role == "tool":
+            if message.tool_call_id not in waiting:
+                made = f"; calls without an answer: {', '.join(map(repr, waiting))}" if waiting else ""
+                raise DataError(f"{here}: tool_call_id {message.tool_call_id!r} answers no call before it{made}")
+            waiting.remove(message.tool_call_id)
+            continue
+        if waiting:
+            raise DataError(
+                f"{here} ({message.role}) stands where the call {waiting[0]!r} needs its answer: a message of role "
+                "'tool' with that tool_call_id"
+            )
+        if message.tool_calls and message.role != "assistant":
+            raise DataError(f"{here} ({message.role}) has tool_calls; only an assistant calls tools")
+        waiting = [call.id for call in message.tool_calls]
+        if len(set(waiting)) < len(waiting) and set(waiting) != {None}:
+            raise DataError(f"{here}: two of its tool_calls have one id; answers could not be told apart")
+
+
+def render(tokenizer: Any, messages: Sequence[Message], tools: Sequence[dict[str, Any]] = ()) -> Rendering:
     """Ids and loss mask of a whole conversation. The loss is on every assistant turn of weight 1.
 
     Where the template rewrites earlier turns once a later one is there (some drop earlier reasoning), the loss is on
     the last turn alone.
 
     Raises:
-        DataError: the template refuses the conversation, or does not put the answer into the text.
+        DataError: the template refuses the conversation, or does not put the answer, the tools, a call of one or what
+            it answered into the text.
     """
     ids: list[int] = []
     mask: list[bool] = []
-    pieces = segments(tokenizer, messages)
+    pieces = segments(tokenizer, messages, tools)
     for piece, (_, target) in zip(_encode_each(tokenizer, pieces), pieces, strict=True):
         ids += piece
         mask += [target] * len(piece)
     return Rendering(ids, mask)
 
 
-def render_all(tokenizer: Any, conversations: Sequence[Sequence[Message]]) -> list[Rendering | DataError]:
+def render_all(
+    tokenizer: Any, conversations: Sequence[Sequence[Message]], tools: Sequence[Sequence[dict[str, Any]]] | None = None
+) -> list[Rendering | DataError]:
     """`render` for a block of conversations: the same ids, with few calls of the template and one of the tokenizer.
 
-    Where a conversation cannot be rendered, the error that `render` raises stands in its place.
+    Where a conversation cannot be rendered, the error that `render` raises stands in its place. Those with tools or
+    calls of them go to `render` one by one.
     """
+    has_tools = [bool(one) for one in tools] if tools is not None else [False] * len(conversations)
+    by_themselves = [
+        its or any(message.role == "tool" or message.tool_calls for message in messages)
+        for its, messages in zip(has_tools, conversations, strict=True)
+    ]
+    plain = [messages for messages, alone in zip(conversations, by_themselves, strict=True) if not alone]
+    rendered = iter(_render_plain(tokenizer, plain))
+    return [
+        _render_or_error(tokenizer, messages, tools[place] if tools is not None else ()) if alone else next(rendered)
+        for place, (messages, alone) in enumerate(zip(conversations, by_themselves, strict=True))
+    ]
+
+
+def _render_or_error(
+    tokenizer: Any, messages: Sequence[Message], tools: Sequence[dict[str, Any]]
+) -> Rendering | DataError:
+    try:
+        return render(tokenizer, messages, tools)
+    except DataError as error:
+        return error
+
+
+def _render_plain(tokenizer: Any, conversations: Sequence[Sequence[Message]]) -> list[Rendering | DataError]:
     pieces: list[list[tuple[str, bool]] | DataError] = []
     for messages, text in zip(conversations, _texts(tokenizer, conversations), strict=True):
         try:
@@ -228,9 +364,9 @@ def render_all(tokenizer: Any, conversations: Sequence[Sequence[Message]]) -> li
     return rendered
 
 
-def render_prompt(tokenizer: Any, messages: Sequence[Message]) -> list[int]:
+def render_prompt(tokenizer: Any, messages: Sequence[Message], tools: Sequence[dict[str, Any]] = ()) -> list[int]:
     """Ids of a conversation that the assistant is to continue: what an endpoint feeds the model."""
-    pieces = segments(tokenizer, messages, add_generation_prompt=True)
+    pieces = segments(tokenizer, messages, tools, add_generation_prompt=True)
     return [token for piece in _encode_each(tokenizer, pieces) for token in piece]
 
 
@@ -262,14 +398,24 @@ def _plain(tokenizer: Any, ids: list[int], ends: bool) -> Rendering:
 
 
 def segments(
-    tokenizer: Any, messages: Sequence[Message], *, add_generation_prompt: bool = False, text: Text | None = None
+    tokenizer: Any,
+    messages: Sequence[Message],
+    tools: Sequence[dict[str, Any]] = (),
+    *,
+    add_generation_prompt: bool = False,
+    text: Text | None = None,
 ) -> list[tuple[str, bool]]:
     """The conversation's text in pieces; True marks what an assistant says to be learnt, up to its end of turn.
 
     `text` gives what the template writes for the conversation's beginnings, where that is known already.
     """
-    text = text or functools.partial(_text, tokenizer)
+    if text is None:
+
+        def text(messages: Sequence[Message], add_generation_prompt: bool) -> str:
+            return _text(tokenizer, messages, tools, add_generation_prompt)
+
     whole = text(messages, add_generation_prompt)
+    _refuse_losses(tokenizer, messages, tools, add_generation_prompt, whole)
     last = len(messages) - 1
     pieces: list[tuple[str, bool]] = []
     position = 0
@@ -277,7 +423,7 @@ def segments(
         if message.role != "assistant":
             continue
         is_end = number == last and not add_generation_prompt
-        before = text(messages[:number], True) if number else _greeting(tokenizer)
+        before = text(messages[:number], True) if number else _greeting(tokenizer, tools)
         after = whole if is_end else text(messages[: number + 1], False)
         if not (after.startswith(before) and whole.startswith(after) and len(before) >= position):
             if not is_end:
@@ -291,7 +437,7 @@ def segments(
         if said and said not in turn:
             raise DataError(f"the chat template drops or changes what the assistant says in message {number + 1}")
         end = _turn_end(tokenizer, turn)
-        target = turn[:end] if end else _without_tail(turn, message.content) + tokenizer.eos_token
+        target = turn[:end] if end else _without_tail(turn, message) + tokenizer.eos_token
         if before[position:]:
             pieces.append((before[position:], False))
         pieces.append((target, bool(message.weight)))
@@ -350,13 +496,13 @@ class Clipped:
 
 def clip(tokenizer: Any, example: Example, max_length: int) -> Clipped:
     """The example within `max_length` tokens: the longest prompt messages lose their ends, no answer loses a token."""
-    return _clip(tokenizer, example, max_length, render(tokenizer, example.messages))
+    return _clip(tokenizer, example, max_length, render(tokenizer, example.messages, example.tools))
 
 
 def clip_all(tokenizer: Any, examples: Sequence[Example], max_lengths: Sequence[int]) -> list[Clipped | DataError]:
     """`clip` for a block of examples, each with its own limit; errors of `render` stand in their places."""
     clipped: list[Clipped | DataError] = []
-    rendered = render_all(tokenizer, [example.messages for example in examples])
+    rendered = render_all(tokenizer, [example.messages for example in examples], [one.tools for one in examples])
     for example, max_length, whole in zip(examples, max_lengths, rendered, strict=True):
         try:
             clipped.append(whole if isinstance(whole, DataError) else _clip(tokenizer, example, max_length, whole))
@@ -381,21 +527,25 @@ def _clip(tokenizer: Any, example: Example, max_length: int, whole: Rendering) -
             return Clipped(None, len(whole.ids), whole)
         for number, end in _shorten(starts, over).items():
             messages[number] = replace(messages[number], content=messages[number].content[:end])
-        rendering = render(tokenizer, messages)
+        rendering = render(tokenizer, messages, example.tools)
     return Clipped(replace(example, messages=tuple(messages)), len(whole.ids), rendering)
 
 
-def golden(tokenizer: Any, equipment: Equipment, conversations: Sequence[Sequence[Message]]) -> dict[str, Any]:
+def golden(
+    tokenizer: Any, equipment: Equipment, conversations: Sequence[Sequence[Message] | Example]
+) -> dict[str, Any]:
     """What was trained on, in ids: written to rendering.json, compared by whoever serves the model."""
     rows = []
-    for messages in conversations:
-        rendering = render(tokenizer, messages)
+    for one in conversations:
+        messages, tools = (one.messages, one.tools) if isinstance(one, Example) else (one, ())
+        rendering = render(tokenizer, messages, tools)
         rows.append(
             {
                 "messages": [message.to_dict() for message in messages],
+                **({"tools": list(tools)} if tools else {}),
                 "ids": rendering.ids,
                 "mask": [int(flag) for flag in rendering.mask],
-                "prompt_ids": render_prompt(tokenizer, messages[:-1]),
+                "prompt_ids": render_prompt(tokenizer, messages[:-1], tools),
             }
         )
     template: str = tokenizer.chat_template
@@ -414,9 +564,12 @@ def differences(tokenizer: Any, rendering: dict[str, Any]) -> list[str]:
     """
     found = []
     for number, row in enumerate(rendering["golden"], start=1):
-        messages = [Message(one["role"], one["content"]) for one in row["messages"]]
+        messages, tools = list(map(Message.from_dict, row["messages"])), row.get("tools", ())
         try:
-            served = {"prompt_ids": render_prompt(tokenizer, messages[:-1]), "ids": render(tokenizer, messages).ids}
+            served = {
+                "prompt_ids": render_prompt(tokenizer, messages[:-1], tools),
+                "ids": render(tokenizer, messages, tools).ids,
+            }
         except DataError as error:
             found.append(f"golden conversation {number}: {error}")
             continue
@@ -444,12 +597,74 @@ def differences(tokenizer: Any, rendering: dict[str, Any]) -> list[str]:
     return found
 
 
-def _text(tokenizer: Any, messages: Sequence[Message], add_generation_prompt: bool) -> str:
+def _line(call: ToolCall) -> str:
+    return json.dumps({"name": call.name, "arguments": json.loads(call.arguments)}, ensure_ascii=False)
+
+
+def _refuse_losses(
+    tokenizer: Any,
+    messages: Sequence[Message],
+    tools: Sequence[dict[str, Any]],
+    add_generation_prompt: bool,
+    whole: str,
+) -> None:
+    """Refuse a template that writes the same text without the tools, a message's calls, or what a tool answered."""
+
+    def is_same(messages: Sequence[Message], tools: Sequence[dict[str, Any]]) -> bool:
+        try:
+            return _text(tokenizer, messages, tools, add_generation_prompt) == whole
+        except DataError:
+            return False  # it misses what was taken away
+
+    advice = "use a model whose template knows tools, or set another chat template in the tokenizer"
+    if tools and is_same(messages, ()):
+        raise DataError(f"the chat template does not write the row's `tools`; {advice}")
+    for number, message in enumerate(messages):
+        if message.tool_calls:
+            lost = next((call.name for call in message.tool_calls if call.name not in whole), None)
+            bare = [*messages[:number], replace(message, tool_calls=()), *messages[number + 1 :]]
+            if lost is not None or is_same(bare, tools):
+                name = lost or message.tool_calls[0].name
+                raise DataError(
+                    f"the chat template does not write the call of {name!r} in message {number + 1}; {advice}"
+                )
+        elif message.role == "tool" and message.content.strip():
+            bare = [*messages[:number], replace(message, content=""), *messages[number + 1 :]]
+            if is_same(bare, tools):
+                raise DataError(
+                    f"the chat template does not write what the tool says in message {number + 1}; {advice}"
+                )
+
+
+def _text(
+    tokenizer: Any, messages: Sequence[Message], tools: Sequence[dict[str, Any]], add_generation_prompt: bool
+) -> str:
+    specials = (tokenizer.bos_token, tokenizer.eos_token, tokenizer.pad_token, tokenizer.unk_token)
+    declared = json.dumps(list(tools)) if tools else ""
+    return _written(tokenizer, tokenizer.chat_template, specials, tuple(messages), declared, add_generation_prompt)
+
+
+@functools.lru_cache(maxsize=256)
+def _written(
+    tokenizer: Any,
+    _template: str,
+    _specials: tuple[str | None, ...],
+    messages: tuple[Message, ...],
+    tools: str,
+    add_generation_prompt: bool,
+) -> str:
+    """The template's text. A conversation's beginnings are asked for again and again (once for the whole, once for the
+    prompt), so it is kept; `_template` and `_specials` tell when the tokenizer has changed."""
     from jinja2 import TemplateError
 
-    plain = [message.to_dict() for message in messages]
+    plain = [message.for_template() for message in messages]
     try:
-        text: str = tokenizer.apply_chat_template(plain, tokenize=False, add_generation_prompt=add_generation_prompt)
+        text: str = tokenizer.apply_chat_template(
+            plain,
+            tools=json.loads(tools) if tools else None,
+            tokenize=False,
+            add_generation_prompt=add_generation_prompt,
+        )
     except TemplateError as error:
         roles = ", ".join(message.role for message in messages)
         raise DataError(f"the chat template refuses this conversation ({roles}): {error}") from None
@@ -494,7 +709,7 @@ def _text_all(
     """`_text` of each, or its error."""
     from jinja2 import TemplateError
 
-    plain = [[message.to_dict() for message in messages] for messages in conversations]
+    plain = [[message.for_template() for message in messages] for messages in conversations]
     if tokenizer.chat_template in _defaults() and all(message.keys() == PLAIN for one in plain for message in one):
         return [_default_text(tokenizer, one, add_generation_prompt) for one in plain]
     try:
@@ -519,14 +734,14 @@ def _default_text(tokenizer: Any, messages: Sequence[dict[str, str]], add_genera
 
 def _text_or_error(tokenizer: Any, messages: Sequence[Message], add_generation_prompt: bool) -> str | DataError:
     try:
-        return _text(tokenizer, messages, add_generation_prompt)
+        return _text(tokenizer, messages, (), add_generation_prompt)
     except DataError as error:
         return error
 
 
-def _greeting(tokenizer: Any) -> str:
+def _greeting(tokenizer: Any, tools: Sequence[dict[str, Any]]) -> str:
     """What the template writes before an assistant's message that begins a conversation."""
-    one, other = (_text(tokenizer, (Message("assistant", said),), False) for said in "ab")
+    one, other = (_text(tokenizer, (Message("assistant", said),), tools, False) for said in "ab")
     return one[: next((place for place, pair in enumerate(zip(one, other, strict=False)) if len(set(pair)) > 1), None)]
 
 
@@ -537,8 +752,11 @@ def _turn_end(tokenizer: Any, turn: str) -> int | None:
     return best if best is not None and not turn[best:].strip() else None
 
 
-def _without_tail(turn: str, said: str) -> str:
+def _without_tail(turn: str, message: Message) -> str:
     """A turn's text up to the end of what was said, without the line break that a template puts behind it."""
+    said = message.content
+    if message.tool_calls:
+        return turn.rstrip("\n")
     end = len(said) if turn.startswith(said) else turn.rfind(said) + len(said)
     return turn[:end] if said in turn and not turn[end:].strip() else turn.rstrip("\n")
 

@@ -15,6 +15,7 @@ from tunewright.run import Run, now, read_json_lines, write_json
 SHOWN = 5
 SHORT_TEXT, SHORT_ANSWER = 60, 16
 """Characters sent and tokens asked for where the model learnt plain text: does it answer at all?"""
+GREETING = {"id": "", "messages": [{"role": "user", "content": "Hello."}, {"role": "assistant", "content": ""}]}
 TIE = 1e-4
 """Probabilities nearer than this are a tie."""
 
@@ -38,7 +39,8 @@ def test(run: Run, backend: Backend, *, progress: Callable[[int, int], None] | N
     """Ask the endpoint by the openai SDK what it was asked offline; gives what deploy/test.json says.
 
     A classifier's answers must equal the offline predictions on every row; exact ties are counted apart, since another
-    batch shape may round them the other way. Text is compared, and the share of equal answers written down.
+    batch shape may round them the other way. Text is compared, and the share of equal answers written down. Rows with
+    tools are left out and counted, for the endpoint takes none; where there are no others, it is greeted.
 
     Raises:
         EndpointError: it serves another model.
@@ -48,7 +50,8 @@ def test(run: Run, backend: Backend, *, progress: Callable[[int, int], None] | N
 
     recipe = run.recipe()
     endpoint = deploy(run, backend)  # the same if it still stands, a fresh one if the machine was restarted
-    rows = read_json_lines(run.data_file("test"))[: recipe.deploy.test_rows]
+    every = read_json_lines(run.data_file("test"))
+    rows = [row for row in every if not _has_tools(row)][: recipe.deploy.test_rows] or [GREETING]
     offline = _offline(run)
     client = openai.OpenAI(
         base_url=endpoint["base_url"],
@@ -59,6 +62,7 @@ def test(run: Run, backend: Backend, *, progress: Callable[[int, int], None] | N
     )
     with client:
         result = _ask(client, run, recipe, endpoint, rows, offline, progress)
+    result["with_tools"] = sum(map(_has_tools, every))
     if result["differ"] and recipe.task == "classification":
         write_json(run.failed_test_file, result)
         shown = "; ".join(
@@ -132,6 +136,12 @@ def _ask(
     }
 
 
+def _has_tools(row: dict[str, Any]) -> bool:
+    return bool(row.get("tools")) or any(
+        one["role"] == "tool" or "tool_calls" in one for one in row.get("messages", ())
+    )
+
+
 def _question(row: dict[str, Any]) -> Any:
     """A prepared row's prompt; of plain text its beginning."""
     if "messages" not in row:
@@ -143,7 +153,7 @@ def _room(recipe: Recipe, run: Run, known: dict[str, Any]) -> int | None:
     """Tokens to ask for: what evaluation had room for. A classifier's answer is as long as its label."""
     if recipe.task == "classification":
         return None
-    if recipe.task == "pretraining":
+    if recipe.task == "pretraining" or not known:
         return SHORT_ANSWER
     context = run.resolved()["model"]["context"] or recipe.evaluate.max_new_tokens + known["prompt_tokens"]
     return int(max(1, min(recipe.evaluate.max_new_tokens, context - known["prompt_tokens"])))

@@ -3,14 +3,12 @@
 `LocalCompleter` works on weights in this process: evaluation and the endpoint both use it, so an answer over HTTP is
 computed by the code that computed the report. `RemoteCompleter` asks an endpoint that speaks the OpenAI API.
 
-Shapes: B prompts in a batch, T tokens in the longest of them, N nodes of the label tree, I of them with children, V
-vocabulary.
+Shapes: B prompts in a batch, T tokens in the longest of them, N nodes of the label tree, V vocabulary.
 """
 
 from __future__ import annotations
 
 import functools
-import inspect
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -24,6 +22,13 @@ Progress = Callable[[int, int], None]
 
 LOGITS = 2**26
 """Numbers in one batch's logits at most (256 MB in float32), so that a large vocabulary does not fill the memory."""
+CPU_NUMBERS = 400_000
+"""Numbers in a batch's hidden states on a CPU, about: what a layer makes of four times as many does not fit into its
+caches, and takes a quarter longer."""
+PIECE = 64
+"""Nodes of a label tree in one row at most: a row's attention costs the square of its length."""
+WORTH_SHARING = 64
+"""Tokens that computing a shared beginning once must save."""
 SAME_SCORE = 1e-3
 """Log-probabilities nearer than this are the same but for rounding."""
 
@@ -86,20 +91,66 @@ class LabelTree:
     @functools.cached_property
     def inner(self) -> list[int]:
         """The nodes that have children, each behind its parent."""
-        return sorted({parent for parent in self.parents if parent >= 0})
+        return [node for node, children in enumerate(self.children) if children]
+
+    @functools.cached_property
+    def children(self) -> list[list[int]]:
+        """For each node, those that hang under it."""
+        found: list[list[int]] = [[] for _ in self.tokens]
+        for node, parent in enumerate(self.parents):
+            if parent >= 0:
+                found[parent].append(node)
+        return found
+
+    @functools.cached_property
+    def pieces(self) -> list[Piece]:
+        """The inner nodes, branch by branch, in pieces of at most `PIECE`."""
+        inner = set(self.inner)
+        waiting = [node for node in self.inner if self.parents[node] < 0][::-1]
+        order = []
+        while waiting:
+            order.append(node := waiting.pop())
+            waiting += [child for child in reversed(self.children[node]) if child in inner]
+        size = math.ceil(len(order) / max(1, math.ceil(len(order) / PIECE)))
+        return [self._piece(order[start : start + size]) for start in range(0, len(order), max(1, size))]
+
+    def _piece(self, nodes: list[int]) -> Piece:
+        ancestors = set()
+        for node in nodes:
+            while (node := self.parents[node]) >= 0:
+                ancestors.add(node)
+        return Piece(sorted(ancestors - set(nodes)), nodes)
 
     @functools.cached_property
     def branches(self) -> list[list[int]]:
         """From the first token to each node that has no children; together they hold all nodes."""
-        inner = set(self.inner)
         found = []
-        for node in range(len(self.tokens)):
-            if node not in inner:
+        for node, children in enumerate(self.children):
+            if not children:
                 branch = [node]
                 while self.parents[branch[0]] >= 0:
                     branch.insert(0, self.parents[branch[0]])
                 found.append(branch)
         return found
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Some inner nodes of a label tree, and those of their ancestors that are not among them; a parent always stands
+    before its children."""
+
+    ancestors: list[int]
+    nodes: list[int]
+
+
+@dataclass(frozen=True)
+class Way:
+    """How a label tree goes through a model."""
+
+    remembers: bool
+    """Behind the keys and values of what all prompts begin with."""
+    in_pieces: bool
+    """In rows of their own behind the prompts, instead of in the prompts' rows."""
 
 
 class LocalCompleter:
@@ -111,16 +162,16 @@ class LocalCompleter:
         tokenizer: Any,
         equipment: Equipment,
         *,
-        batch_tokens: int = 8192,
+        batch_tokens: int | None = None,
         batch_rows: int | None = None,
     ) -> None:
         self.model = model
         self.tokenizer = tokenizer
         self.equipment = equipment
-        self.batch_tokens = batch_tokens
+        self.batch_tokens = batch_tokens or _batch_tokens(model)
         self.batch_rows = batch_rows
         self.context: int | None = getattr(model.config, "max_position_embeddings", None)
-        self._keeps_to_mask: bool | None = None
+        self._proven: dict[Way, bool] = {}
 
     # --- labels ---
 
@@ -135,9 +186,10 @@ class LocalCompleter:
 
         Only the label's own tokens are scored; nothing is taken from an argmax over the vocabulary.
         """
+        from tunewright import scoring
+
         self._refuse_beyond_context(prompts, 1 + max(tree.depths))
         scores: list[list[float]] = [[] for _ in prompts]
-        together, apart = self._ways(prompts, tree)
         done = 0
 
         def settle(row: int, nodes: Any) -> None:
@@ -145,84 +197,73 @@ class LocalCompleter:
             scores[row] = [float(sum(nodes[node] for node in path)) for path in tree.paths]
             done += 1
 
-        num_inner = len(tree.inner)
-        lengths = [len(prompts[row]) + num_inner for row in together]
-        for batch in self._batches(lengths, [1 + num_inner] * len(together)):
-            rows = [together[place] for place in batch]
-            for row, nodes in zip(rows, self._score_nodes([prompts[row] for row in rows], tree), strict=True):
-                settle(row, nodes)
-            if progress:
-                progress(done, len(prompts))
-        for row in apart:
+        way, rows = self._way(prompts, tree)
+        if rows:
+            together = [prompts[row] for row in rows]
+            shared = scoring.shared_beginning(together) if way.remembers else 0
+            if shared * (len(rows) - 1) < WORTH_SHARING:
+                shared = 0
+            beginning = scoring.begin(self.model, together[0][:shared]) if shared else None
+            behind = 0 if way.in_pieces else len(tree.inner)
+            lengths = [len(prompt) - shared + behind for prompt in together]
+            for batch in self._batches(lengths, [1 + behind] * len(together)):
+                found = self._score_nodes([together[place] for place in batch], tree, way, beginning)
+                for place, nodes in zip(batch, found, strict=True):
+                    settle(rows[place], nodes)
+                if progress:
+                    progress(done, len(prompts))
+        for row in sorted(set(range(len(prompts))) - set(rows)):
             settle(row, self._score_apart(prompts[row], tree, tree.branches))
             if progress:
                 progress(done, len(prompts))
         return scores
 
-    def _ways(self, prompts: Sequence[list[int]], tree: LabelTree) -> tuple[list[int], list[int]]:
-        """The prompts that can be scored with the whole tree at once, and those that need a sequence for each label:
-        where a place does not see all that is before it, or the architecture does not keep to our mask."""
-        sight = _sight(self.model) - max(tree.depths)
-        together = [row for row, prompt in enumerate(prompts) if len(prompt) <= sight]
-        if together and self._keeps_to_mask is None:
-            shortest = min((prompts[row] for row in together), key=len)
-            tried = self._score_apart(shortest, tree, tree.branches[-2:])
-            nodes = self._score_nodes([shortest], tree)[0]
-            self._keeps_to_mask = all(abs(nodes[node] - logprob) < SAME_SCORE for node, logprob in tried.items())
-        if not self._keeps_to_mask:
-            together = []
-        return together, [row for row in range(len(prompts)) if row not in set(together)]
+    def _way(self, prompts: Sequence[list[int]], tree: LabelTree) -> tuple[Way, list[int]]:
+        """How prompts are scored with all labels together, and which of them can be: not those where a place does not
+        see all that is before it, and none where the architecture does not keep to our mask.
 
-    def _score_nodes(self, prompts: Sequence[list[int]], tree: LabelTree) -> Any:
-        """Log-probability of each tree node given its prompt and ancestors, B x N, in one forward pass.
-
-        The nodes that have children stand behind each prompt in one sequence; an attention mask lets each see the
-        prompt and its own ancestors alone, and its position id is the one it would have if only its label stood there.
+        The first time that a way is wanted, some labels of a prompt are scored by it and each in an ordinary sequence
+        of its own; where the two differ, the next way is tried.
         """
-        import torch
+        from tunewright import scoring
 
-        device = self.model.device
-        inner = tree.inner
-        place = {-1: 0} | {node: number for number, node in enumerate(inner, start=1)}
-        longest = max(map(len, prompts))
-        size = longest + len(inner)
-        ids_BT = torch.full((len(prompts), size), self.equipment.pad_id, dtype=torch.long)
-        positions_BT = torch.zeros((len(prompts), size), dtype=torch.long)
-        sees_BTT = torch.zeros((len(prompts), size, size), dtype=torch.bool)
-        keep_BT = torch.zeros((len(prompts), size), dtype=torch.bool)
-        ancestors_II = torch.eye(len(inner), dtype=torch.bool)
-        for number, node in enumerate(inner):
-            if tree.parents[node] >= 0:
-                ancestors_II[number] |= ancestors_II[place[tree.parents[node]] - 1]
-        tokens_I = torch.tensor([tree.tokens[node] for node in inner], dtype=torch.long)
-        depths_I = torch.tensor([tree.depths[node] for node in inner], dtype=torch.long)
-        for row, prompt in enumerate(prompts):
-            length = len(prompt)
-            ids_BT[row, :length] = torch.tensor(prompt)
-            positions_BT[row, :length] = torch.arange(length)
-            sees_BTT[row, :length, :length] = torch.ones(length, length, dtype=torch.bool).tril()
-            ids_BT[row, longest:] = tokens_I
-            positions_BT[row, longest:] = length + depths_I
-            sees_BTT[row, longest:, :length] = True
-            sees_BTT[row, longest:, longest:] = ancestors_II
-            padding = torch.arange(length, longest)
-            sees_BTT[row, padding, padding] = True  # a row of the mask must not be empty
-            keep_BT[row, length - 1] = True
-            keep_BT[row, longest:] = True
-        # Numbers to add, not truth values: an attention without a kernel adds what it is given.
-        dtype = self.model.dtype
-        mask_BTT = torch.zeros(sees_BTT.shape, dtype=dtype).masked_fill_(~sees_BTT, torch.finfo(dtype).min)
-        with torch.no_grad():
-            logits = self.model(
-                input_ids=ids_BT.to(device),
-                position_ids=positions_BT.to(device),
-                attention_mask=mask_BTT[:, None].to(device),
-                logits_to_keep=keep_BT.to(device),
-                use_cache=False,
-            ).logits
-            logprobs = logits.float().log_softmax(-1).view(len(prompts), len(place), -1).cpu()
-        rows = torch.tensor([place[parent] for parent in tree.parents])
-        return logprobs[:, rows, torch.tensor(tree.tokens)].double().numpy()
+        sight = scoring.sight(self.model) - max(tree.depths)
+        rows = [row for row, prompt in enumerate(prompts) if len(prompt) <= sight]
+        large = len(tree.inner) > PIECE
+        ways = [Way(remembers=False, in_pieces=False)]
+        if rows and scoring.remembers(self.model):
+            ways.insert(0, Way(remembers=True, in_pieces=large))
+        expected: dict[int, float] = {}
+        for way in ways if rows else []:
+            if way not in self._proven:
+                shortest = min((prompts[row] for row in rows), key=len)
+                shortest = shortest if len(shortest) > 1 else shortest * 2  # else it has no beginning to share
+                expected = expected or self._score_apart(shortest, tree, tree.branches[-2:])
+                self._proven[way] = self._agrees(way, shortest, tree, expected)
+            if self._proven[way]:
+                return way, rows
+        return ways[-1], []
+
+    def _agrees(self, way: Way, prompt: list[int], tree: LabelTree, expected: dict[int, float]) -> bool:
+        """Whether a prompt's nodes come out the same by this way, its first half shared where beginnings can be."""
+        from tunewright import scoring
+
+        try:
+            beginning = scoring.begin(self.model, prompt[: len(prompt) // 2]) if way.remembers else None
+            nodes = self._score_nodes([prompt], tree, way, beginning)[0]
+        except (IndexError, RuntimeError, TypeError, ValueError):
+            return False  # how an architecture says that it does not take such a mask, such as GPT-1
+        return all(abs(nodes[node] - logprob) < SAME_SCORE for node, logprob in expected.items())
+
+    def _score_nodes(self, prompts: Sequence[list[int]], tree: LabelTree, way: Way, beginning: Any) -> Any:
+        """Log-probability of each tree node given its prompt and ancestors, B x N."""
+        from tunewright import scoring
+
+        pad_id = self.equipment.pad_id
+        if not way.in_pieces:
+            return scoring.score_at_once(self.model, prompts, tree, beginning, pad_id).numpy()
+        limits = scoring.Limits(self.batch_tokens, self.batch_rows, self._most_kept)
+        return scoring.score_in_pieces(self.model, prompts, tree, beginning, pad_id, limits).numpy()
 
     def _score_apart(self, prompt: list[int], tree: LabelTree, branches: Sequence[Sequence[int]]) -> dict[int, float]:
         """Log-probability of the nodes of some branches, each branch in an ordinary sequence of its own."""
@@ -393,7 +434,7 @@ class LocalCompleter:
         """Row numbers in batches of like length, each batch at most `batch_tokens` with its padding, `batch_rows`, and
         `LOGITS` for the `kept` places of its rows."""
         order = sorted(range(len(lengths)), key=lambda row: (-lengths[row], row))
-        most_kept = LOGITS // self.model.config.get_text_config().vocab_size
+        most_kept = self._most_kept
         batch: list[int] = []
         for row in order:
             if batch and (
@@ -406,6 +447,11 @@ class LocalCompleter:
             batch.append(row)
         if batch:
             yield batch
+
+    @property
+    def _most_kept(self) -> int:
+        """Places of one batch with logits at most."""
+        return LOGITS // int(self.model.config.get_text_config().vocab_size)
 
     def _refuse_beyond_context(self, prompts: Sequence[list[int]], answer: int = 0) -> None:
         # The last token of an answer is only predicted, so it needs no place.
@@ -452,6 +498,12 @@ def savable(settings: Any) -> Any:
     return GenerationConfig(**ends)
 
 
+def _batch_tokens(model: Any) -> int:
+    if model.device.type != "cpu":
+        return 8192
+    return int(min(2048, max(256, CPU_NUMBERS // getattr(model.config.get_text_config(), "hidden_size", 256))))
+
+
 def _choose(logprobs_V: Any, temperature: float, top_p: float, generator: Any) -> int:
     """The next token: the best at temperature 0, else drawn from the smallest set of tokens that holds `top_p`."""
     import torch
@@ -462,15 +514,3 @@ def _choose(logprobs_V: Any, temperature: float, top_p: float, generator: Any) -
     sorted_V, order_V = probs_V.sort(descending=True)
     sorted_V[1:][(sorted_V.cumsum(-1) - sorted_V)[1:] >= top_p] = 0
     return int(order_V[torch.multinomial(sorted_V, 1, generator=generator)])
-
-
-def _sight(model: Any) -> float:
-    """The longest sequence in which each place attends to all before it under a mask and position ids of ours; 0 where
-    an architecture takes no position ids, or measures its window along the sequence."""
-    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
-    config = inner.config.get_text_config()
-    takes_places = "position_ids" in inspect.signature(inner.forward).parameters and not getattr(config, "alibi", False)
-    if not takes_places or hasattr(config, "window_size"):
-        return 0
-    windows = (getattr(config, name, None) for name in ("sliding_window", "attention_chunk_size"))
-    return min((window for window in windows if window), default=math.inf)

@@ -33,11 +33,10 @@ def estimate(recipe: Recipe, resolved: dict[str, Any]) -> dict[str, Any]:
     steps = train.max_steps if train.max_steps > 0 else math.ceil(per_epoch * train.epochs)
     train_tokens = round(splits["train"]["tokens"]["sum"] * steps / per_epoch)
     test_tokens = splits["test"]["tokens"]["sum"]
-    answers = 2 + ("few-shot" in recipe.baselines)
+    evaluated_tokens = _evaluated(recipe, resolved)
     settled = resolved["train"]
-    flops = (
-        6 if settled["method"] == "full" else 4
-    ) * parameters * train_tokens + 2 * parameters * test_tokens * answers
+    each = 6 if settled["method"] == "full" else 4
+    flops = parameters * (each * train_tokens + 2 * evaluated_tokens)
     speed = matrix_speed()
     seconds = [round(START_S + flops / (speed * share)) for share in reversed(SHARE_OF_PEAK)]
     weights = 4 * parameters
@@ -54,7 +53,12 @@ def estimate(recipe: Recipe, resolved: dict[str, Any]) -> dict[str, Any]:
         "backend": recipe.backend.kind,
         "rows": {split: facts["used"] for split, facts in splits.items()},
         "steps": steps,
-        "tokens": {"train": train_tokens, "train_per_epoch": splits["train"]["tokens"]["sum"], "test": test_tokens},
+        "tokens": {
+            "train": train_tokens,
+            "train_per_epoch": splits["train"]["tokens"]["sum"],
+            "test": test_tokens,
+            "evaluate": evaluated_tokens,
+        },
         "seconds": seconds,
         "memory_bytes": settled["memory_bytes"],
         "method": settled["method"],
@@ -65,6 +69,30 @@ def estimate(recipe: Recipe, resolved: dict[str, Any]) -> dict[str, Any]:
         "matrix_product_flops": round(speed),
         "warnings": resolved["warnings"],
     }
+
+
+def _evaluated(recipe: Recipe, resolved: dict[str, Any]) -> int:
+    """Tokens that evaluation computes, all models together.
+
+    Classes: every prompt and, behind it, every node of the label tree that has children; what all prompts begin with is
+    counted for each, though it is computed once. Chat: every row for its loss, and its prompt again with an answer of
+    the greatest length. Text: every row.
+    """
+    splits = resolved["data"]
+    facts = splits["test"]
+    rows, whole = int(facts["used"]), int(facts["tokens"]["sum"])
+    models = 2 + ("few-shot" in recipe.baselines)
+    if recipe.task == "pretraining":
+        return whole * models
+    prompts = whole - round(facts["tokens"]["answer"]["mean"] * rows)
+    if "label_nodes" in facts:
+        return int((prompts + rows * facts["label_nodes"]) * models)
+    told: float = (whole + prompts + rows * recipe.evaluate.max_new_tokens) * models
+    if "few-shot" in recipe.baselines:
+        context = resolved["model"]["context"] or resolved["max_length"]
+        shown = min(recipe.evaluate.few_shot * splits["train"]["tokens"]["total"]["mean"], context)
+        told += 2 * rows * shown  # before every row, for its loss and for its answer
+    return round(told)
 
 
 def free_disk(path: Path) -> int:

@@ -194,7 +194,7 @@ def plan(planned: dict[str, Any]) -> None:
     tokens = planned["tokens"]
     out.print(
         f"tokens   {tokens['train']:,} in training ({tokens['train_per_epoch']:,} an epoch), "
-        f"{tokens['test']:,} in the test set"
+        f"{tokens['test']:,} in the test set, up to {tokens['evaluate']:,} in evaluation"
     )
     out.print(f"time     {_duration(low)} to {_duration(high)}, guessed from this machine's matrix products")
     out.print(f"method   {planned['method']}: {planned['why']['method']}", markup=False)

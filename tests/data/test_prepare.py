@@ -27,6 +27,7 @@ from tunewright.data import prepare
 from tunewright.data.findings import FIRST, Finding
 from tunewright.data.prepare import pieces, shuffled, source_fingerprint
 from tunewright.errors import DataError, ModelError, RunError
+from tunewright.generate import LabelTree
 from tunewright.models import ModelRef
 from tunewright.run import Run, create, read_json, read_json_lines
 from tunewright.testing import tiny_model
@@ -307,7 +308,7 @@ def test_a_broken_row_stops_and_is_named_with_its_line(build: Build) -> None:
     assert "(and 1 more such rows)" in refusal(build, rows, many(2, 50))
     one = build(rows, many(2, 50), bad_rows="skip")
     assert [finding.where for finding in one.findings] == ["train.jsonl:37", "train.jsonl:41"]
-    assert one.splits["train"] | {"tokens": 0, "sha256": 0, "labels": 0, "source": 0} == {
+    assert one.splits["train"] | dict.fromkeys(("tokens", "sha256", "labels", "label_nodes", "source"), 0) == {
         "source": 0,
         "read": 50,
         "rejected": 2,
@@ -318,6 +319,7 @@ def test_a_broken_row_stops_and_is_named_with_its_line(build: Build) -> None:
         "tokens": 0,
         "sha256": 0,
         "labels": 0,
+        "label_nodes": 0,
     }
 
 
@@ -733,3 +735,14 @@ def test_a_row_whose_only_turn_to_learn_the_template_rewrites_is_left_out_by_nam
         ("nothing_to_learn", "train.jsonl:2", True)
     ]
     assert found.splits["train"]["read"] == found.splits["train"]["used"] + found.splits["train"]["rejected"] == 3
+
+
+def test_scoring_all_labels_computes_each_beginning_of_one_once(
+    build: Build, base: tuple[ModelRef, Any, Equipment]
+) -> None:
+    rows = [GOOD, {"text": "a", "label": "goose"}, BAD]
+    _, tokenizer, equipment = base
+    ids = [chat.render_answer(tokenizer, equipment, label) for label in ("bad", "good", "goose")]
+    nodes = build(rows, rows).splits["test"]["label_nodes"]
+    assert nodes == len(LabelTree.plant(["bad", "good", "goose"], ids).inner)
+    assert nodes < sum(map(len, ids)) - 3

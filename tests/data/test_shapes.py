@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from typing import Any
 
@@ -10,13 +11,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tunewright import recipe as recipes
-from tunewright.chat import Example, Message
+from tunewright.chat import Example, Message, ToolCall
 from tunewright.data import shapes
 from tunewright.data.shapes import Unusable
 from tunewright.data.sources import Row
 from tunewright.errors import DataError
 
 USER, SAYS = {"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}
+
+
+def call(name: str, arguments: Any, call_id: str | None = "c1") -> dict[str, Any]:
+    made = {"type": "function", "function": {"name": name, "arguments": arguments}}
+    return made if call_id is None else {"id": call_id, **made}
 
 
 def recipe(task: str, **data: Any) -> recipes.Recipe:
@@ -287,7 +293,16 @@ def test_messages_are_taken_with_their_weights() -> None:
         ([USER, {"role": "assistant", "content": 3}], "message 2 (assistant): content is a number, not text"),
         ([USER, {**SAYS, "content": [{"type": "image_url"}]}], "message 2 (assistant): content is a list, not text"),
         ([USER, {**SAYS, "content": [{"type": "text"}]}], "message 2 (assistant): content is a list, not text"),
-        ([USER, {**SAYS, "tool_calls": [{}]}], "message 2 calls a tool; tool calls are not supported yet"),
+        ([USER, {**SAYS, "function_call": {"name": "f"}}], "message 2: `function_call` is OpenAI's old form; use"),
+        ([USER, {**SAYS, "tool_calls": {"a": 1}}], "message 2: tool_calls is an object, not a list"),
+        ([USER, {**SAYS, "tool_calls": [{}]}], "message 2, call 1 is not {"),
+        ([USER, {**SAYS, "tool_calls": [call("f", "{")]}], "message 2, call 1 (f): arguments: not JSON (Expecting"),
+        ([USER, {**SAYS, "tool_calls": [call("f", '{"a": NaN}')]}], "message 2, call 1 (f): arguments: not JSON (NaN"),
+        ([USER, {**SAYS, "tool_calls": [call("f", "[1]")]}], "message 2, call 1 (f): arguments is a list, not a JSON"),
+        ([USER, {**SAYS, "tool_calls": [call("f", None)]}], "message 2, call 1 (f): arguments is null, not a JSON"),
+        ([USER, {**SAYS, "tool_calls": [call("f", "{}") | {"id": 3}]}], "message 2, call 1 (f): id is a number"),
+        ([USER, {"role": "tool", "content": "x", "tool_call_id": "c"}, SAYS], "message 2: tool_call_id 'c' answers no"),
+        ([USER, {"role": "tool", "content": "x", "name": 3}, SAYS], "message 2 (tool): name is a number, not text"),
         ([USER, {**SAYS, "weight": 2}], "message 2: weight is 2; it can be 0 or 1"),
         ([USER, {**SAYS, "weight": "1"}], "message 2: weight is '1'; it can be 0 or 1"),
     ],
@@ -295,6 +310,53 @@ def test_messages_are_taken_with_their_weights() -> None:
 def test_messages_that_cannot_be_learnt_from_are_named(messages: list[Any], said: str) -> None:
     code, severity, message = unusable("chat", {"messages": messages})
     assert (code, severity) == ("messages", "error")
+    assert message.startswith(said)
+
+
+WEATHER = {"type": "function", "function": {"name": "weather", "parameters": {"type": "object", "properties": {}}}}
+
+
+def test_tools_and_their_calls_are_taken() -> None:
+    row = {
+        "tools": [WEATHER],
+        "parallel_tool_calls": False,
+        "messages": [
+            USER,
+            {"role": "assistant", "content": None, "tool_calls": [call("weather", '{"city":  "Ghent"}')], "weight": 0},
+            {"role": "tool", "tool_call_id": "c1", "name": "weather", "content": [{"type": "text", "text": "21"}]},
+            {"role": "assistant", "tool_calls": [call("weather", {"city": "L\u00fcbeck"}, None)]},
+        ],
+    }
+    one = example("chat", row)
+    assert one.tools == (WEATHER,)
+    assert one.messages == (
+        Message("user", "a"),
+        Message("assistant", "", 0, (ToolCall("weather", '{"city":  "Ghent"}', "c1"),)),
+        Message("tool", "21", tool_call_id="c1", name="weather"),
+        Message("assistant", "", tool_calls=(ToolCall("weather", '{"city": "L\u00fcbeck"}'),)),
+    )
+    for tools in (json.dumps([WEATHER]), None, [], "", "[]"):
+        assert len(example("chat", row | {"tools": tools}).tools) == (1 if tools and len(tools) > 2 else 0)
+
+
+@pytest.mark.parametrize(
+    ("row", "said"),
+    [
+        ({"tools": {"a": 1}}, "`tools` is an object, not a list"),
+        ({"tools": "[{"}, "`tools`: not JSON (Expecting property name"),
+        ({"tools": [{"type": "function", "name": "f"}]}, "tool 1 is not a function"),
+        ({"tools": [WEATHER, {"type": "file_search"}]}, "tool 2 is not a function"),
+        ({"tools": [{"type": "function", "function": {"name": "f", "parameters": "x"}}]}, "tool 1 (f): parameters is"),
+        ({"functions": [{"name": "f"}]}, "`functions` is OpenAI's old form"),
+        (
+            {"tools": [WEATHER], "messages": [USER, {**SAYS, "tool_calls": [call("wether", "{}")]}]},
+            "message 2, call 1: 'wether' is not among the row's `tools`; did you mean 'weather'?",
+        ),
+    ],
+)
+def test_tools_that_cannot_be_read_are_named(row: dict[str, Any], said: str) -> None:
+    _, severity, message = unusable("chat", {"messages": [USER, SAYS]} | row)
+    assert severity == "error"
     assert message.startswith(said)
 
 
@@ -308,7 +370,13 @@ JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
     lambda below: (
         st.lists(below, max_size=3)
-        | st.dictionaries(st.sampled_from(["role", "content", "weight", "type", "text"]), below, max_size=4)
+        | st.dictionaries(
+            st.sampled_from(
+                ["role", "content", "weight", "type", "text", "tool_calls", "function", "name", "arguments"]
+            ),
+            below,
+            max_size=4,
+        )
     ),
     max_leaves=12,
 )
@@ -316,7 +384,9 @@ JSON = st.recursive(
 
 @given(
     task=st.sampled_from(["classification", "chat", "pretraining"]),
-    fields=st.dictionaries(st.sampled_from(["text", "label", "messages", "prompt", "completion", "input"]), JSON),
+    fields=st.dictionaries(
+        st.sampled_from(["text", "label", "messages", "tools", "prompt", "completion", "input"]), JSON
+    ),
 )
 def test_any_row_is_an_example_or_named(task: str, fields: dict[str, Any]) -> None:
     try:

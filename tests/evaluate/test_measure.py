@@ -93,6 +93,64 @@ def talker(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
 
 
 @pytest.fixture(scope="module")
+def caller(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """Learns to call a tool, and has seen calls that it is not to learn."""
+    folder = tmp_path_factory.mktemp("caller")
+    tools = [{"type": "function", "function": {"name": "sky", "parameters": {"type": "object", "properties": {}}}}]
+
+    def calling(number: int, **more: Any) -> dict[str, Any]:
+        function = {"name": "sky", "arguments": json.dumps({"day": number})}
+        made = {"id": f"c{number}", "type": "function", "function": function}
+        return {"role": "assistant", "content": None, "tool_calls": [made], **more}
+
+    rows = [
+        {
+            "tools": tools,
+            "messages": [
+                {"role": "user", "content": f"day {number}?"},
+                calling(number, weight=0),
+                {"role": "tool", "content": "lovely", "tool_call_id": f"c{number}"},
+                *([{"role": "assistant", "content": "fine"}] if number % 2 else []),
+                *([] if number % 2 else [{"role": "assistant", "content": "so"}, {"role": "user", "content": "now?"}]),
+                *([] if number % 2 else [calling(9)]),
+            ],
+        }
+        for number in range(8)
+    ]
+    return evaluated(
+        folder,
+        base,
+        task="chat",
+        data={
+            "train": jsonl(folder / "train.jsonl", rows),
+            "test": jsonl(folder / "test.jsonl", rows[:4]),
+        },
+        train={"learning_rate": 1e-2, "epochs": 1, "batch_size": 4},
+        evaluate={"baselines": ["few-shot"], "few_shot": 1, "max_new_tokens": 6},
+    )
+
+
+def test_tools_and_weights_reach_training_and_evaluation(caller: Run) -> None:
+    ref = ModelRef.from_dict(caller.resolved()["model"])
+    tokenizer = models.load_tokenizer(ref)
+    chat.equip(tokenizer)
+
+    def learnt(example: chat.Example) -> str:
+        rendering = prepare.render(tokenizer, example)
+        return str(tokenizer.decode([token for token, flag in zip(rendering.ids, rendering.mask, strict=True) if flag]))
+
+    end, call = tokenizer.eos_token, 'Call: {"name": "sky", "arguments": {"day": 9}}'
+    test = prepare.examples(caller, "test")
+    assert [learnt(one) for one in test] == [f"so{end}{call}{end}", f"fine{end}"] * 2
+    assert '{"type": "function"' in tokenizer.decode(prepare.render(tokenizer, test[0]).ids)
+    answers = caller.manifest("prepare")["splits"]["train"]["tokens"]["answer"]
+    assert answers["max"] == len(tokenizer(f"so{end}{call}{end}").input_ids)
+    rows = pd.read_parquet(caller.predictions_file).query("model == 'tuned'")
+    assert list(rows["tokens"]) == [len(tokenizer(f"{said}{end}").input_ids) for said in (call, "fine")] * 2
+    assert list(rows["label"]) == ['{"name": "sky", "arguments": {"day": 9}}', "fine"] * 2
+
+
+@pytest.fixture(scope="module")
 def reader(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
     folder = tmp_path_factory.mktemp("reader")
     texts = [f"lovely great fine superb kind {number} " * (1 + number % 4) for number in range(12)]

@@ -143,6 +143,7 @@ def assemble(
             if split == "train":
                 result.labels = _learnable(recipe, table, result.labels, kept.labels)
             result.splits[split]["labels"] = {label: kept.labels[label] for label in result.labels}
+            result.splits[split]["label_nodes"] = _label_nodes(result.labels, tokenizer, equipment)
     for note in notes:
         result.findings.add("notes", note)
     for finding in seen.findings():
@@ -154,7 +155,7 @@ def render(tokenizer: Any, example: Example) -> chat.Rendering:
     """An example's ids and loss mask, whatever its task."""
     if example.text is not None:
         return chat.render_text(tokenizer, example.text, ends=example.ends)
-    return chat.render(tokenizer, example.messages)
+    return chat.render(tokenizer, example.messages, example.tools)
 
 
 def pieces(whole: chat.Rendering, max_length: int) -> list[chat.Rendering]:
@@ -322,6 +323,12 @@ def _limits(
     longest = max((length for length in lengths.values() if length <= max_length), default=0)
     context = ref.context or max_length + longest
     return {label: min(max_length, context - longest + length) for label, length in lengths.items()}
+
+
+def _label_nodes(labels: Sequence[str], tokenizer: Any, equipment: Equipment) -> int:
+    """Tokens that scoring all labels behind a prompt computes: each beginning of a label once, no whole label."""
+    rendered = [chat.render_answer(tokenizer, equipment, label) for label in labels]
+    return len({tuple(ids[:size]) for ids in rendered for size in range(1, len(ids))})
 
 
 @dataclass

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import difflib
 import itertools
+import json
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from tunewright import chat
-from tunewright.chat import Example, Message
+from tunewright.chat import Example, Message, ToolCall
 from tunewright.data import sources
 from tunewright.data.sources import Row
 from tunewright.errors import DataError
@@ -116,8 +117,10 @@ def _plain(row: Row, columns: dict[str, str]) -> Example:
 
 
 def _conversation(row: Row, columns: dict[str, str], system: str | None) -> Example:
+    tools: tuple[dict[str, Any], ...] = ()
     if "messages" in columns:
-        messages = _messages(row, columns["messages"])
+        tools = _tools(row)
+        messages = _messages(row, columns["messages"], tools)
     else:
         asks, says = ("prompt", "completion") if "prompt" in columns else ("instruction", "response")
         prompt = _string(row, columns[asks], "empty_prompt")
@@ -130,14 +133,81 @@ def _conversation(row: Row, columns: dict[str, str], system: str | None) -> Exam
         chat.check_messages(messages, "")
     except DataError as error:
         raise Unusable("messages", str(error).removeprefix(": ")) from None
-    if not messages[-1].content.strip():
+    if not messages[-1].content.strip() and not messages[-1].tool_calls:
         raise Unusable("empty_answer", "the last assistant message is empty", severity="warning")
     if not any(message.role == "assistant" and message.weight for message in messages):
         raise Unusable("empty_answer", "every assistant message has weight 0", severity="warning")
-    return Example(row.where, row.where, messages)
+    return Example(row.where, row.where, messages, tools=tools)
 
 
-def _messages(row: Row, column: str) -> tuple[Message, ...]:
+def _tools(row: Row) -> tuple[dict[str, Any], ...]:
+    """The functions that a row declares in the column `tools`: a list as OpenAI has it, or the same as JSON text, since
+    a table's column cannot hold schemas of different shapes. `parallel_tool_calls` is not read: no template has it."""
+    if row.fields.get("functions"):
+        raise Unusable("tools", "`functions` is OpenAI's old form; declare them in `tools`")
+    given = row.fields.get("tools")
+    if isinstance(given, str) and given.strip():
+        given = _json(given, "`tools`")
+    if not given:
+        return ()
+    if not isinstance(given, list):
+        raise Unusable("tools", f"`tools` is {sources.kind(given)}, not a list")
+    for number, tool in enumerate(given, start=1):
+        function = tool.get("function") if isinstance(tool, dict) and tool.get("type") == "function" else None
+        if not isinstance(function, dict) or not isinstance(function.get("name"), str) or not function["name"]:
+            raise Unusable(
+                "tools", f'tool {number} is not a function: {{"type": "function", "function": {{"name": ...}}}}'
+            )
+        if not isinstance(function.get("parameters") or {}, dict):
+            raise Unusable("tools", f"tool {number} ({function['name']}): parameters is not a JSON schema")
+    return tuple(given)
+
+
+def _tool_calls(given: Any, number: int, tools: Sequence[dict[str, Any]]) -> tuple[ToolCall, ...]:
+    here = f"message {number}"
+    if not isinstance(given, list):
+        raise Unusable("messages", f"{here}: tool_calls is {sources.kind(given)}, not a list")
+    declared = [tool["function"]["name"] for tool in tools]
+    calls = []
+    for place, one in enumerate(given, start=1):
+        which = f"{here}, call {place}"
+        function = one.get("function") if isinstance(one, dict) else None
+        function = function if isinstance(function, dict) else {}
+        name = function.get("name")
+        if not isinstance(name, str) or not name or one.get("type", "function") != "function":
+            raise Unusable("messages", f'{which} is not {{"type": "function", "function": {{"name", "arguments"}}}}')
+        if declared and name not in declared:
+            raise Unusable("messages", f"{which}: {name!r} is not among the row's `tools`; {nearest(name, declared)}")
+        call_id = one.get("id")
+        if call_id is not None and not isinstance(call_id, str):
+            raise Unusable("messages", f"{which} ({name}): id is {sources.kind(call_id)}, not text")
+        calls.append(ToolCall(name, _arguments(function.get("arguments"), f"{which} ({name})"), call_id))
+    return tuple(calls)
+
+
+def _arguments(given: Any, which: str) -> str:
+    """A call's arguments as JSON text: OpenAI gives text, other data sets an object."""
+    try:
+        text = given if isinstance(given, str) else json.dumps(given, ensure_ascii=False)
+    except TypeError as error:  # a date, say, in a Parquet file
+        raise Unusable("messages", f"{which}: arguments: {error}; give them as JSON text") from None
+    read = _json(text, f"{which}: arguments")
+    if not isinstance(read, dict):
+        raise Unusable("messages", f"{which}: arguments is {sources.kind(read)}, not a JSON object")
+    return text
+
+
+def _json(text: str, what: str) -> Any:
+    def no_constant(name: str) -> Any:
+        raise ValueError(f"{name} is no JSON")
+
+    try:
+        return json.loads(text, parse_constant=no_constant)
+    except (ValueError, RecursionError) as error:
+        raise Unusable("messages", f"{what}: not JSON ({error}): {text[:60]!r}") from None
+
+
+def _messages(row: Row, column: str, tools: Sequence[dict[str, Any]]) -> tuple[Message, ...]:
     given = _field(row, column)
     if not isinstance(given, list):
         raise Unusable("wrong_type", f"column {column!r} is {sources.kind(given)}, not a list of messages")
@@ -145,9 +215,12 @@ def _messages(row: Row, column: str) -> tuple[Message, ...]:
     for number, one in enumerate(given, start=1):
         if not isinstance(one, dict) or "role" not in one:
             raise Unusable("messages", f"message {number} has no role")
-        if one.get("tool_calls") or one.get("function_call"):
-            raise Unusable("messages", f"message {number} calls a tool; tool calls are not supported yet")
+        if one.get("function_call"):
+            raise Unusable("messages", f"message {number}: `function_call` is OpenAI's old form; use `tool_calls`")
+        calls = _tool_calls(one["tool_calls"], number, tools) if one.get("tool_calls") else ()
         content = one.get("content")
+        if content is None and calls:
+            content = ""
         if isinstance(content, list) and all(_is_text_part(part) for part in content):
             content = "".join(part["text"] for part in content)
         if not isinstance(content, str):
@@ -157,7 +230,13 @@ def _messages(row: Row, column: str) -> tuple[Message, ...]:
         weight = one.get("weight")
         if weight not in (None, 0, 1):
             raise Unusable("messages", f"message {number}: weight is {weight!r}; it can be 0 or 1")
-        messages.append(Message(str(one["role"]), content, 0 if weight == 0 else 1))
+        role, answers = str(one["role"]), {}
+        if role == "tool":
+            answers = {key: one[key] for key in ("tool_call_id", "name") if one.get(key) is not None}
+            for key, value in answers.items():
+                if not isinstance(value, str):
+                    raise Unusable("messages", f"message {number} (tool): {key} is {sources.kind(value)}, not text")
+        messages.append(Message(role, content, 0 if weight == 0 else 1, calls, **answers))
     return tuple(messages)
 
 

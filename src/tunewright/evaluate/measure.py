@@ -6,6 +6,7 @@ What is compared is written per row, so that every number in report.json can be 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -112,7 +113,7 @@ def _ask(
     """One model's answers to the test rows."""
     tokenizer = completer.tokenizer
     if labels is not None:
-        prompts = [chat.render_prompt(tokenizer, example.prompt) for example in test]
+        prompts = [chat.render_prompt(tokenizer, example.prompt, example.tools) for example in test]
         scores = completer.score(prompts, completer.tree(labels), progress=progress)
         distribution = metrics.probabilities(scores)
         return {
@@ -122,16 +123,15 @@ def _ask(
     if recipe.task == "pretraining":
         return {"losses": _piecewise(completer, test, max_length, progress)}
     steps = 2 * len(test)
-    losses = completer.losses(
-        [_last_turn(tokenizer, example) for example in test], progress=lambda done, _: progress(done, steps)
-    )
-    prompts = [chat.render_prompt(tokenizer, example.prompt) for example in test]
+    turns = [_last_turn(tokenizer, example) for example in test]
+    losses = completer.losses(turns, progress=lambda done, _: progress(done, steps))
+    prompts = [chat.render_prompt(tokenizer, example.prompt, example.tools) for example in test]
     said = completer.generate(
         prompts,
         max_new_tokens=recipe.evaluate.max_new_tokens,
         progress=lambda done, _: progress(len(test) + done, steps),
     )
-    truth = [example.answer for example in test]
+    truth = [_written(completer, example, turn) for example, turn in zip(test, turns, strict=True)]
     return {
         "prediction": said,
         "prompt_tokens": [len(prompt) for prompt in prompts],
@@ -161,15 +161,22 @@ def _piecewise(
 
 def _last_turn(tokenizer: Any, example: Example) -> Rendering:
     """The loss on the answer alone, so that every model is asked the same."""
-    whole = chat.render(tokenizer, example.messages)
-    prompt = len(chat.render_prompt(tokenizer, example.prompt))
+    whole = chat.render(tokenizer, example.messages, example.tools)
+    prompt = len(chat.render_prompt(tokenizer, example.prompt, example.tools))
     return Rendering(whole.ids, [flag and place >= prompt for place, flag in enumerate(whole.mask)])
+
+
+def _written(completer: LocalCompleter, example: Example, turn: Rendering) -> str:
+    """The answer as the model would have to write it: what it says, or a call of a tool in the template's own form."""
+    if not example.messages[-1].tool_calls:
+        return example.answer
+    return completer.text([token for token, flag in zip(turn.ids, turn.mask, strict=True) if flag])
 
 
 def _with_shots(
     run: Run, recipe: Recipe, train: Sequence[Example], test: Sequence[Example], tokenizer: Any, labels: Any
 ) -> list[Example]:
-    longest = max(len(chat.render(tokenizer, example.messages).ids) for example in test)
+    longest = max(len(chat.render(tokenizer, example.messages, example.tools).ids) for example in test)
     context = run.resolved()["model"]["context"] or models.DEFAULT_MAX_LENGTH
     answer = (
         sum(len(chat.encode(tokenizer, label)) + 2 for label in labels) if labels else recipe.evaluate.max_new_tokens
@@ -182,7 +189,7 @@ def _with_shots(
 
     def shown(example: Example) -> Example:
         system = [message for message in example.messages[:1] if message.role == "system"]
-        return Example(example.id, example.source, (*system, *before, *example.messages[len(system) :]), example.label)
+        return replace(example, messages=(*system, *before, *example.messages[len(system) :]))
 
     return [shown(example) for example in test]
 

@@ -132,12 +132,12 @@ def _prompts(tokenizer: Any, test: Sequence[Example]) -> list[list[int]]:
     rows = test[:FIDELITY_ROWS]
     if rows and rows[0].text is not None:
         return [prepare.render(tokenizer, example).ids[:256] for example in rows]
-    return [chat.render_prompt(tokenizer, example.prompt) for example in rows]
+    return [chat.render_prompt(tokenizer, example.prompt, example.tools) for example in rows]
 
 
-def _conversations(tokenizer: Any, test: Sequence[Example]) -> list[Sequence[Message]]:
+def _conversations(tokenizer: Any, test: Sequence[Example]) -> list[Sequence[Message] | Example]:
     """What the golden ids are of: the first test rows, and plain ones that the template takes."""
-    kept: list[Sequence[Message]] = [example.messages for example in test[:4] if example.messages]
+    kept: list[Sequence[Message] | Example] = [example for example in test[:4] if example.messages]
     for conversation in PLAIN_CONVERSATIONS:
         try:
             chat.render(tokenizer, conversation)
