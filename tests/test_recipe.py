@@ -556,7 +556,7 @@ def test_transformers_takes_the_defaults_without_a_warning(tmp_path: Path) -> No
     from transformers import TrainingArguments
 
     train = loads(SHORT).train
-    settled = {"learning_rate", "gradient_checkpointing", "gradient_checkpointing_kwargs"}  # by `train.exact`
+    settled = {"learning_rate", "bf16", "gradient_checkpointing", "gradient_checkpointing_kwargs"}  # by `train.exact`
     given = {name: getattr(train, name) for name in set(Train.model_fields) & set(ARGUMENTS) - settled}
     made = TrainingArguments(output_dir=str(tmp_path), report_to="none", **(given | {"use_cpu": True}))
     assert made.logging_steps == 1
