@@ -186,14 +186,14 @@ def test_settings_that_contradict_each_other_are_refused(text: str, said: str) -
         ("chat", "label: x", "recipe.yaml:6: data.label is for task: classification, not for chat"),
         ("chat", "labels: [a, b]", "data.labels is for task: classification"),
         ("chat", "text: x", "data.text is for task: classification or pretraining, not for chat"),
-        ("classification", "prompt: x", "data.prompt is for task: chat, not for classification"),
-        ("pretraining", "messages: x", "data.messages is for task: chat, not for pretraining"),
-        ("pretraining", "system: x", "data.system is for task: classification or chat, not for pretraining"),
+        ("classification", "prompt: x", "data.prompt is for task: chat or preference or reward, not for classification"),
+        ("pretraining", "messages: x", "data.messages is for task: chat or reward, not for pretraining"),
+        ("pretraining", "system: x", "data.system is for task: classification or chat or preference or reward, not for"),
         ("pretraining", "over_length: drop", "recipe.yaml:6: data.over_length is for prompts"),
         ("chat", "prompt: x\n  response: y", "prompt, response are not of one kind of row"),
         ("classification", "labels: [a, b, a]", "recipe.yaml:6: `data`: labels names 'a' twice"),
         ("classification", "labels: {0: a, 1: ' '}", "recipe.yaml:6: `data`: labels holds an empty word"),
-        ("chat", "input: x", "recipe.yaml:6: `data`: input alone says nothing"),
+        ("chat", "input: x", "recipe.yaml:6: data.input alone says nothing"),
         ("chat", "test: b.csv\n  split: {test: 0.5}", "recipe.yaml:7: `data`: split holds out rows where no test set"),
         ("chat", "limit: {validation: 5}", "recipe.yaml:6: `data`: limit.validation limits rows that are not there"),
         ("chat", "labels: {x: y}", "recipe.yaml:6: `data.labels.x`: Input should be a valid integer"),
@@ -216,11 +216,6 @@ def test_a_comparison_that_the_task_does_not_have_is_refused(task: str, evaluate
     assert said in refusal(f"name: one\nmodel: starter\ntask: {task}\ndata: {{train: a.csv}}\nevaluate: {evaluate}\n")
 
 
-@pytest.mark.parametrize("task", ["preference", "reward"])
-def test_a_task_that_is_still_to_come_says_so(task: str) -> None:
-    assert f"{task} is not supported yet" in refusal(SHORT.replace("classification", task))
-
-
 def test_the_best_checkpoint_needs_one_for_each_measurement() -> None:
     head = HEAD + "data: {train: a.csv, validation: b.csv}\ntrain: {load_best_model_at_end: true, "
     assert loads(head + "eval_strategy: epoch}").train.load_best_model_at_end
@@ -239,8 +234,8 @@ def test_every_mistake_is_named_at_once() -> None:
         "recipe.yaml: `name` is missing",
         "recipe.yaml:3: `data.limit.train`: Input should be greater than or equal to 1 (it says 0)",
         "recipe.yaml:4: `train.epochs`: Input should be greater than 0 (it says -1)",
-        "recipe.yaml:5: unknown key `x`; known keys: name, model, revision, task, data, train, evaluate, package, "
-        "deploy, tracking, backend",
+        "recipe.yaml:5: unknown key `x`; known keys: name, model, revision, task, data, train, grader, evaluate, "
+        "package, deploy, tracking, backend",
     ]
 
 

@@ -27,6 +27,8 @@ from tunewright.run import Run, read_json_lines, write_json, write_json_lines
 
 SPLITS = ("train", "test", "validation")
 MIN_PRETRAINING_TOKENS = 2
+MIN_PROMPT_TOKENS = 8
+"""What a drawn answer must leave of `train.max_length`."""
 
 
 @dataclass(frozen=True)
@@ -77,6 +79,11 @@ def assemble(
             set holds an unknown label, or all training rows have one class.
     """
     max_length = ref.max_length(recipe.train.max_length)
+    if max_length - recipe.answer_room < MIN_PROMPT_TOKENS:
+        raise DataError(
+            f"train.grpo.max_completion_length is {recipe.answer_room} of the {max_length} tokens of train.max_length, "
+            f"which leaves fewer than {MIN_PROMPT_TOKENS} for a prompt; set it lower"
+        )
     tables, notes = _tables(recipe)
     result = Assembled({}, None, [], max_length=max_length)
     total = sum(len(table.rows) for table in tables.values())
@@ -91,7 +98,7 @@ def assemble(
         kept = []
         totals, answers = [], []
         for number, example in enumerate(good, start=1):
-            limit = limits.get(str(example.label), max_length)
+            limit = limits.get(str(example.label), max_length - recipe.answer_room)
             fitted = _fit(recipe, split, example, tokenizer, limit, result.findings, account)
             if fitted is not None:
                 example, rendering = fitted
@@ -104,7 +111,9 @@ def assemble(
         result.examples[split] = kept
         result.splits[split] = account | {
             "used": len(kept),
-            "sequences": sum(_num_pieces(length, max_length) for length in totals),
+            "sequences": sum(_num_pieces(length, max_length) for length in totals)
+            if recipe.task == "pretraining"
+            else len(kept),
             "tokens": {"total": _distribution(totals), "answer": _distribution(answers), "sum": sum(totals)},
             "sha256": _fingerprint(kept),
         }
@@ -344,7 +353,7 @@ def _fit(
         clipped = chat.clip(tokenizer, example, limit)
     except DataError as error:
         return leave_out("template", "error", str(error))
-    if not any(clipped.rendering.mask[1:]):
+    if example.item is None and not any(clipped.rendering.mask[1:]):
         return leave_out("nothing_to_learn", "warning", "the chat template leaves no turn to learn: left out")
     if clipped.length <= limit:
         return example, clipped.rendering
@@ -354,10 +363,11 @@ def _fit(
         return leave_out("over_length", severity, f"{over}: left out")
     if clipped.example is None:
         return leave_out("answer_too_long", "warning", f"{over}, and the answer alone does not fit: left out")
-    cut = clipped.length - len(clipped.rendering.ids)
+    cut = clipped.cut
     account["truncated"] += 1
     account["tokens_cut"] += cut
-    message = f"{over}: the end of the prompt was cut ({cut} tokens), the answer is whole"
+    answer = "" if example.item is not None else ", the answer is whole"
+    message = f"{over}: the end of the prompt was cut ({cut} tokens){answer}"
     findings.append(Finding("over_length", "warning", example.source, message, split))
     return clipped.example, clipped.rendering
 
