@@ -215,7 +215,7 @@ def _answer(row: Row, column: str, prompt: tuple[Message, ...] | None) -> tuple[
 
     Of several messages those before the last are the prompt; where there is one already, they repeat it.
     """
-    if isinstance(_field(row, column), str) and prompt is not None:
+    if prompt is not None and isinstance(_field(row, column), str | None):
         return prompt, _string(row, column, "empty_answer")
     messages = _messages(row, column)
     if not messages or messages[-1].role != "assistant":
