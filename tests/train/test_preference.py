@@ -295,7 +295,8 @@ def test_real_pairs_raise_the_margin_of_a_real_small_model(shared: Path, tmp_pat
         "train": {
             "method": "full",
             "epochs": 1,
-            "learning_rate": 1e-4,
+            "learning_rate": 2e-5,
+            "warmup_ratio": 0.1,
             "batch_size": 8,
             "max_length": 512,
             "logging_steps": 10,
@@ -308,8 +309,8 @@ def test_real_pairs_raise_the_margin_of_a_real_small_model(shared: Path, tmp_pat
     fit(run)
     measure.evaluate(run, Tracker(run))
     report = run.manifest("evaluate")
-    assert report["models"]["tuned"]["reward_margin"] > 0.02
-    assert report["comparison"]["verdict"] == "better"
+    assert report["models"]["tuned"]["reward_margin"] > 0.05
+    assert report["intervals"]["tuned"]["reward_accuracy"][0] > 0.5, "better than guessing"
 
 
 def test_the_bases_log_probabilities_are_evaluations(begin: Begin) -> None:

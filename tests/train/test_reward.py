@@ -250,3 +250,35 @@ def test_a_long_prompt_leaves_room_for_its_answer_and_is_named(begin: Begin) -> 
 def test_an_answer_that_leaves_no_room_for_a_prompt_is_refused(begin: Begin) -> None:
     with pytest.raises(RecipeError, match=r"max_completion_length is 36 of the 40 tokens.*fewer than 8"):
         begin(train=LORA | {"max_length": 40, "grpo": {"num_generations": 4, "max_completion_length": 36}})
+
+
+@pytest.mark.slow
+def test_the_starter_learns_to_say_what_is_rewarded(tmp_path: Path) -> None:
+    """Messages to a shop; an answer is worth 1 where it says sorry."""
+    given = {
+        "name": "sorry",
+        "model": "starter",
+        "task": "reward",
+        "tracking": {"enabled": False},
+        "data": {
+            "train": "starter:train.jsonl",
+            "test": "starter:test.jsonl",
+            "prompt": "text",
+            "limit": {"train": 160, "test": 100},
+        },
+        "grader": {"type": "string_check", "reference": "sorry", "operation": "like"},
+        "train": {
+            "method": "full",
+            "epochs": 1,
+            "learning_rate": 5e-5,
+            "batch_size": 32,
+            "save_strategy": "no",
+            "grpo": {"num_generations": 8, "max_completion_length": 24},
+        },
+    }
+    run = life.start(recipes.loads(yaml.safe_dump(given)), tmp_path / "runs")
+    life.advance(run, until="check")
+    work.prepare(run)
+    fit(run)
+    measure.evaluate(run, Tracker(run))
+    assert run.manifest("evaluate")["comparison"]["verdict"] == "better"
