@@ -14,7 +14,7 @@ from pydantic_core import PydanticUndefined
 from typer.testing import CliRunner
 
 from tunewright import cli
-from tunewright.recipe import REFUSED, RENAMED, BackendChoice, Recipe, Section
+from tunewright.recipe import GRADERS, REFUSED, RENAMED, BackendChoice, GraderMessage, Recipe, Sampling, Section
 
 DOCS = Path(__file__).parents[1] / "docs"
 WIDTH = 100
@@ -72,6 +72,10 @@ def recipe_page() -> str:
                 nested = _section(inner.annotation)
                 if nested is not None:
                     parts += _table(f"{name}.{below}", nested)
+        if name == "grader":
+            for kind, each in GRADERS.items():
+                parts += _table(f"grader, type: {kind}", each)
+            parts += _table("a grader's input", GraderMessage) + _table("a grader's sampling_params", Sampling)
     parts += ["## Keys of `train` that come from elsewhere", "", "| there | here |", "| --- | --- |"]
     parts += [f"| `{there}` | `{here}` |" for there, here in RENAMED.items()]
     parts += ["", "## Keys of TrainingArguments that `train` does not take", "", "| key | why |", "| --- | --- |"]
@@ -86,7 +90,11 @@ def _table(name: str, section: type[Section] | type[BackendChoice]) -> list[str]
         if field.default is not PydanticUndefined:
             default = "" if _section(field.annotation) else f"`{_shown(field.default)}`"
         meaning = " ".join((field.description or "as in Transformers' TrainingArguments").split())
-        kind = "table" if _section(field.annotation) else _type(field.annotation)
+        kind = "table" if _section(field.annotation) or key == "grader" else _type(field.annotation)
+        if key == "graders":
+            kind = "table of graders by name"
+        if key == "input" and "GraderMessage" in str(field.annotation):
+            kind = "list of tables"
         lines.append(f"| `{field.alias or key}` | {kind} | {default} | {meaning} |".replace(" |  | ", " | | "))
     return [*lines, ""]
 

@@ -189,14 +189,22 @@ def test_settings_that_contradict_each_other_are_refused(text: str, said: str) -
         ("chat", "label: x", "recipe.yaml:6: data.label is for task: classification, not for chat"),
         ("chat", "labels: [a, b]", "data.labels is for task: classification"),
         ("chat", "text: x", "data.text is for task: classification or pretraining, not for chat"),
-        ("classification", "prompt: x", "data.prompt is for task: chat, not for classification"),
-        ("pretraining", "messages: x", "data.messages is for task: chat, not for pretraining"),
-        ("pretraining", "system: x", "data.system is for task: classification or chat, not for pretraining"),
+        (
+            "classification",
+            "prompt: x",
+            "data.prompt is for task: chat or preference or reward, not for classification",
+        ),
+        ("pretraining", "messages: x", "data.messages is for task: chat or reward, not for pretraining"),
+        (
+            "pretraining",
+            "system: x",
+            "data.system is for task: classification or chat or preference or reward, not for",
+        ),
         ("pretraining", "over_length: drop", "recipe.yaml:6: data.over_length is for prompts"),
         ("chat", "prompt: x\n  response: y", "prompt, response are not of one kind of row"),
         ("classification", "labels: [a, b, a]", "recipe.yaml:6: `data`: labels names 'a' twice"),
         ("classification", "labels: {0: a, 1: ' '}", "recipe.yaml:6: `data`: labels holds an empty word"),
-        ("chat", "input: x", "recipe.yaml:6: `data`: input alone says nothing"),
+        ("chat", "input: x", "recipe.yaml:6: data.input alone says nothing"),
         ("chat", "test: b.csv\n  split: {test: 0.5}", "recipe.yaml:7: `data`: split holds out rows where no test set"),
         ("chat", "limit: {validation: 5}", "recipe.yaml:6: `data`: limit.validation limits rows that are not there"),
         ("chat", "labels: {x: y}", "recipe.yaml:6: `data.labels.x`: Input should be a valid integer"),
@@ -219,11 +227,6 @@ def test_a_comparison_that_the_task_does_not_have_is_refused(task: str, evaluate
     assert said in refusal(f"name: one\nmodel: starter\ntask: {task}\ndata: {{train: a.csv}}\nevaluate: {evaluate}\n")
 
 
-@pytest.mark.parametrize("task", ["preference", "reward"])
-def test_a_task_that_is_still_to_come_says_so(task: str) -> None:
-    assert f"{task} is not supported yet" in refusal(SHORT.replace("classification", task))
-
-
 def test_the_best_checkpoint_needs_one_for_each_measurement() -> None:
     head = HEAD + "data: {train: a.csv, validation: b.csv}\ntrain: {load_best_model_at_end: true, "
     assert loads(head + "eval_strategy: epoch}").train.load_best_model_at_end
@@ -242,8 +245,8 @@ def test_every_mistake_is_named_at_once() -> None:
         "recipe.yaml: `name` is missing",
         "recipe.yaml:3: `data.limit.train`: Input should be greater than or equal to 1 (it says 0)",
         "recipe.yaml:4: `train.epochs`: Input should be greater than 0 (it says -1)",
-        "recipe.yaml:5: unknown key `x`; known keys: name, model, revision, task, data, train, evaluate, package, "
-        "deploy, tracking, backend",
+        "recipe.yaml:5: unknown key `x`; known keys: name, model, revision, task, data, train, grader, evaluate, "
+        "package, deploy, tracking, backend",
     ]
 
 
@@ -397,12 +400,14 @@ def accepts(schema: dict[str, Any], value: Any, whole: dict[str, Any]) -> bool:
     known = {
         "$schema", "$defs", "$ref", "title", "description", "default", "type", "properties", "required", "items",
         "additionalProperties", "anyOf", "enum", "const", "pattern", "minimum", "exclusiveMinimum", "maximum",
-        "exclusiveMaximum", "minLength", "minItems",
+        "exclusiveMaximum", "minLength", "minItems", "oneOf", "discriminator",
     }  # fmt: skip
     assert set(schema) <= known, set(schema) - known
     if "$ref" in schema:
         return accepts(whole["$defs"][schema["$ref"].rpartition("/")[2]], value, whole)
     if "anyOf" in schema and not any(accepts(one, value, whole) for one in schema["anyOf"]):
+        return False
+    if "oneOf" in schema and sum(accepts(one, value, whole) for one in schema["oneOf"]) != 1:
         return False
     if "enum" in schema and value not in schema["enum"]:
         return False
@@ -569,3 +574,56 @@ def test_schedulers_and_optimizers_are_those_of_transformers() -> None:
     assert {one.value for one in SchedulerType} == set(get_args(recipes.Scheduler))
     need_modules = {one.value for one in OptimizerNames if one.value.startswith(("galore", "apollo"))}
     assert {one.value for one in OptimizerNames} - need_modules == set(get_args(recipes.Optimizer))
+
+
+# Preference and reward
+
+PAIRS = "name: one\nmodel: starter\ntask: preference\ndata: {train: a.jsonl}\n"
+PROMPTS = (
+    "name: one\nmodel: starter\ntask: reward\ndata: {train: a.jsonl}\n"
+    "grader: {type: string_check, reference: x, operation: eq}\n"
+)
+
+
+def test_preference_and_reward_have_their_own_metrics_and_small_steps() -> None:
+    pairs, prompts = loads(PAIRS), loads(PROMPTS)
+    assert (pairs.metric, prompts.metric) == ("reward_margin", "reward")
+    assert pairs.baselines == prompts.baselines == ("zero-shot",)
+    assert (pairs.learning_rate, prompts.learning_rate) == (1e-5, 1e-5)
+    assert loads(PAIRS + "train: {method: full}\n").learning_rate == 1e-6
+    assert loads(PROMPTS + "train: {learning_rate: 1e-3}\n").learning_rate == 1e-3
+    assert (prompts.max_new_tokens, prompts.answer_room, pairs.answer_room) == (128, 128, 0)
+    assert loads(PAIRS + "train: {dpo: {loss_type: ipo}}\n").train.dpo.loss_type == ("ipo",)
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        (PAIRS + "train: {grpo: {beta: 0.1}}", "recipe.yaml:5: train.grpo is for task: reward, not for preference"),
+        (PROMPTS + "train: {dpo: {beta: 0.1}}", "recipe.yaml:6: train.dpo is for task: preference, not for reward"),
+        (
+            PAIRS + "grader: {type: string_check, reference: x, operation: eq}",
+            "grader is for task: reward, not for pref",
+        ),
+        (PAIRS + "train: {lora: {lora_dropout: 0.1}}", "train.lora.lora_dropout: dropout would blur"),
+        (PAIRS + "train: {neftune_noise_alpha: 5}", "train.neftune_noise_alpha is for supervised training"),
+        (PROMPTS + "train: {train_sampling_strategy: group_by_length}", "group_by_length is not for reward"),
+        (PROMPTS + "train: {batch_size: 6}", "is 6, which is no multiple of train.grpo.num_generations (8)"),
+        (PROMPTS + "train: {dataloader_drop_last: true}", "train.dataloader_drop_last is not for reward"),
+        (PROMPTS.replace("a.jsonl}", "a.jsonl, validation: b.jsonl}"), "task: reward has none"),
+        (PROMPTS + "evaluate: {max_new_tokens: 5}", "evaluate.max_new_tokens is for chat"),
+        (PROMPTS + "evaluate: {baselines: [few-shot]}", "few-shot needs task: classification or chat"),
+        (PAIRS + "evaluate: {metric: accuracy}", "choose reward_margin or preference_accuracy"),
+        (PAIRS + "train: {dpo: {beta: 3}}", "`train.dpo.beta`: Input should be less than or equal to 2"),
+        (PAIRS + "train: {dpo: {betta: 1}}", "unknown key `betta` in `train.dpo`; did you mean `beta`?"),
+        (PAIRS + "train: {dpo: {loss_type: sigmod}}", "did you mean 'sigmoid'?"),
+        (PAIRS + "train: {dpo: {loss_type: [sigmoid, sft], loss_weights: [1]}}", "loss_weights has 1 numbers for 2"),
+        (PAIRS + "train: {dpo: {label_smoothing: 0.1}}", "label_smoothing is for loss_type: robust or exo_pair"),
+        (PAIRS + "train: {dpo: {loss_type: exo_pair}}", "label_smoothing must be above 0"),
+        (PAIRS.replace("a.jsonl}", "a.jsonl, chosen: x, input: y}"), "are not of one kind of row"),
+        (PROMPTS.replace("a.jsonl}", "a.jsonl, prompt: x, messages: y}"), "are not of one kind of row"),
+        (PAIRS.replace("a.jsonl}", "a.jsonl, completion: x}"), "data.completion is for task: chat, not for preference"),
+    ],
+)
+def test_what_preference_and_reward_cannot_do_is_refused(text: str, said: str) -> None:
+    assert said in refusal(text + "\n")

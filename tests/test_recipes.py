@@ -15,7 +15,14 @@ SHORT = ["train.max_steps=2", "evaluate.bootstrap=200", "tracking.enabled=false"
 
 
 def test_there_is_one_for_each_kind() -> None:
-    assert {path.stem for path in RECIPES} == {"imdb-gpt2", "chat", "prompt-completion", "pretraining"}
+    assert {path.stem for path in RECIPES} == {
+        "imdb-gpt2",
+        "chat",
+        "prompt-completion",
+        "pretraining",
+        "preference",
+        "reward",
+    }
 
 
 @pytest.mark.parametrize("path", [*RECIPES, starter.recipe_path()], ids=lambda path: path.stem)
@@ -24,7 +31,7 @@ def test_it_loads_and_round_trips(path: Path) -> None:
     assert recipes.loads(recipes.dump(recipe)) == recipe
 
 
-@pytest.mark.parametrize("name", ["chat", "prompt-completion", "pretraining"])
+@pytest.mark.parametrize("name", ["chat", "prompt-completion", "pretraining", "preference", "reward"])
 def test_it_runs_in_short(name: str, tmp_path: Path) -> None:
     path = next(one for one in RECIPES if one.stem == name)
     recipe = life.located(recipes.load(path, [*SHORT, "data.limit.train=8", "data.limit.test=3"]), path.parent)

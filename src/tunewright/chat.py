@@ -147,16 +147,20 @@ class Example:
     """Pretraining: the text is the end of a document, so an end-of-sequence token follows."""
     tools: tuple[dict[str, Any], ...] = ()
     """Functions that the assistant may call: OpenAI's `tools`."""
+    rejected: str | None = None
+    """Preference: the worse answer; the last message is the better one."""
+    item: dict[str, Any] | None = None
+    """Reward: the row, for the grader; then the messages are a prompt without an answer."""
 
     @property
     def prompt(self) -> tuple[Message, ...]:
         """What comes before the answer."""
-        return self.messages[:-1]
+        return self.messages if self.item is not None else self.messages[:-1]
 
     @property
     def answer(self) -> str:
         """What the last message says, and the calls that it makes as lines of JSON."""
-        if not self.messages:
+        if not self.messages or self.item is not None:
             return ""
         last = self.messages[-1]
         return "\n".join(
@@ -168,9 +172,13 @@ class Example:
         if self.text is not None:
             return {**row, "text": self.text, "ends": self.ends}
         row["messages"] = [message.to_dict() | ({} if message.weight else {"weight": 0}) for message in self.messages]
-        if self.tools:
-            row["tools"] = list(self.tools)
-        return {**row, "label": self.label} if self.label is not None else row
+        extra = {
+            "tools": list(self.tools) or None,
+            "label": self.label,
+            "rejected": self.rejected,
+            "item": self.item,
+        }
+        return row | {key: value for key, value in extra.items() if value is not None}
 
     @classmethod
     def from_dict(cls, row: dict[str, Any]) -> Example:
@@ -182,6 +190,8 @@ class Example:
             row.get("text"),
             row.get("ends", True),
             tuple(row.get("tools", ())),
+            row.get("rejected"),
+            row.get("item"),
         )
 
 
@@ -370,6 +380,39 @@ def render_prompt(tokenizer: Any, messages: Sequence[Message], tools: Sequence[d
     return [token for piece in _encode_each(tokenizer, pieces) for token in piece]
 
 
+@dataclass(frozen=True)
+class Pair:
+    """A prompt's ids, and those of two answers to it, each with its end of turn."""
+
+    prompt: list[int]
+    chosen: list[int]
+    rejected: list[int]
+
+    def renderings(self) -> tuple[Rendering, Rendering]:
+        """The prompt with each answer, with the loss on the answer alone."""
+        before = [False] * len(self.prompt)
+        chosen, rejected = (
+            Rendering(self.prompt + answer, before + [True] * len(answer)) for answer in (self.chosen, self.rejected)
+        )
+        return chosen, rejected
+
+
+def render_pair(tokenizer: Any, example: Example) -> Pair:
+    """Ids of a prompt and of the better and the worse answer behind it.
+
+    Raises:
+        DataError: the template renders the prompt otherwise once an answer follows.
+    """
+    prompt = render_prompt(tokenizer, example.prompt)
+    answers = []
+    for said in (example.answer, str(example.rejected)):
+        ids = render(tokenizer, (*example.prompt, Message("assistant", said))).ids
+        if ids[: len(prompt)] != prompt:
+            raise DataError("the chat template renders the prompt otherwise once an answer follows it")
+        answers.append(ids[len(prompt) :])
+    return Pair(prompt, *answers)
+
+
 def render_answer(tokenizer: Any, equipment: Equipment, answer: str) -> list[int]:
     """Ids of an answer and its end of turn, as they stand behind any prompt."""
     probe = (Message("user", "a"), Message("assistant", answer))
@@ -492,21 +535,34 @@ class Clipped:
     length: int
     """Tokens before anything was cut."""
     rendering: Rendering
+    cut: int = 0
+    """Tokens of the prompt that were cut."""
 
 
 def clip(tokenizer: Any, example: Example, max_length: int) -> Clipped:
-    """The example within `max_length` tokens: the longest prompt messages lose their ends, no answer loses a token."""
-    return _clip(tokenizer, example, max_length, render(tokenizer, example.messages, example.tools))
+    """The example within `max_length` tokens: the longest prompt messages lose their ends, no answer loses a token.
+
+    Of a pair, the prompt with the longer answer is within; its rendering holds both answers. Of a prompt without an
+    answer, the prompt is.
+    """
+    if example.rejected is not None:
+        return _clip_pair(tokenizer, example, max_length)
+    return _clip(tokenizer, example, max_length, _whole(tokenizer, example, example.messages))
 
 
 def clip_all(tokenizer: Any, examples: Sequence[Example], max_lengths: Sequence[int]) -> list[Clipped | DataError]:
     """`clip` for a block of examples, each with its own limit; errors of `render` stand in their places."""
+    usual = [example for example in examples if example.rejected is None and example.item is None]
+    rendered = iter(render_all(tokenizer, [one.messages for one in usual], [one.tools for one in usual]))
     clipped: list[Clipped | DataError] = []
-    rendered = render_all(tokenizer, [example.messages for example in examples], [one.tools for one in examples])
-    for example, max_length, whole in zip(examples, max_lengths, rendered, strict=True):
+    for example, max_length in zip(examples, max_lengths, strict=True):
         try:
-            clipped.append(whole if isinstance(whole, DataError) else _clip(tokenizer, example, max_length, whole))
-        except DataError as error:  # the template refuses what is left
+            if example.rejected is None and example.item is None:
+                whole = next(rendered)
+                clipped.append(whole if isinstance(whole, DataError) else _clip(tokenizer, example, max_length, whole))
+            else:
+                clipped.append(clip(tokenizer, example, max_length))
+        except DataError as error:  # the template refuses it, or what is left of it
             clipped.append(error)
     return clipped
 
@@ -518,7 +574,7 @@ def _clip(tokenizer: Any, example: Example, max_length: int, whole: Rendering) -
     messages = list(example.messages)
     starts = {
         number: _starts(tokenizer, message.content)
-        for number, message in enumerate(messages[:-1])
+        for number, message in enumerate(example.prompt)
         if message.role != "assistant"
     }
     rendering = whole
@@ -527,8 +583,32 @@ def _clip(tokenizer: Any, example: Example, max_length: int, whole: Rendering) -
             return Clipped(None, len(whole.ids), whole)
         for number, end in _shorten(starts, over).items():
             messages[number] = replace(messages[number], content=messages[number].content[:end])
-        rendering = render(tokenizer, messages, example.tools)
-    return Clipped(replace(example, messages=tuple(messages)), len(whole.ids), rendering)
+        rendering = _whole(tokenizer, example, messages)
+    cut = len(whole.ids) - len(rendering.ids)
+    return Clipped(replace(example, messages=tuple(messages)), len(whole.ids), rendering, cut)
+
+
+def _whole(tokenizer: Any, example: Example, messages: Sequence[Message]) -> Rendering:
+    """The rendering of an example's messages: a conversation, or a prompt that nothing is learnt from."""
+    if example.item is None:
+        return render(tokenizer, messages, example.tools)
+    ids = render_prompt(tokenizer, messages, example.tools)
+    return Rendering(ids, [False] * len(ids))
+
+
+def _clip_pair(tokenizer: Any, example: Example, max_length: int) -> Clipped:
+    """The pair with its prompt cut so far that the longer answer fits behind it."""
+    pair = render_pair(tokenizer, example)
+    chosen, rejected = example.answer, str(example.rejected)
+    longer = chosen if len(pair.chosen) >= len(pair.rejected) else rejected
+    alone = replace(example, messages=(*example.prompt, Message("assistant", longer)), rejected=None)
+    clipped = clip(tokenizer, alone, max_length)
+    if clipped.example is None:
+        return clipped
+    fitted = replace(clipped.example, messages=(*clipped.example.prompt, example.messages[-1]), rejected=rejected)
+    pair = render_pair(tokenizer, fitted)
+    one, other = pair.renderings()
+    return Clipped(fitted, clipped.length, Rendering(one.ids + other.ids, one.mask + other.mask), clipped.cut)
 
 
 def golden(

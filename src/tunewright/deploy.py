@@ -146,7 +146,8 @@ def _question(row: dict[str, Any]) -> Any:
     """A prepared row's prompt; of plain text its beginning."""
     if "messages" not in row:
         return [{"role": "user", "content": row["text"][:SHORT_TEXT]}]
-    return [{"role": one["role"], "content": one["content"]} for one in row["messages"][:-1]]
+    prompt = row["messages"] if "item" in row else row["messages"][:-1]
+    return [{"role": one["role"], "content": one["content"]} for one in prompt]
 
 
 def _room(recipe: Recipe, run: Run, known: dict[str, Any]) -> int | None:
@@ -155,8 +156,10 @@ def _room(recipe: Recipe, run: Run, known: dict[str, Any]) -> int | None:
         return None
     if recipe.task == "pretraining" or not known:
         return SHORT_ANSWER
-    context = run.resolved()["model"]["context"] or recipe.evaluate.max_new_tokens + known["prompt_tokens"]
-    return int(max(1, min(recipe.evaluate.max_new_tokens, context - known["prompt_tokens"])))
+    if "prompt_tokens" not in known:  # a preference: evaluation weighed answers, and generated none
+        return SHORT_ANSWER
+    context = run.resolved()["model"]["context"] or recipe.max_new_tokens + known["prompt_tokens"]
+    return int(max(1, min(recipe.max_new_tokens, context - known["prompt_tokens"])))
 
 
 def _is_tie(known: dict[str, Any]) -> bool:

@@ -7,6 +7,7 @@
             ModelError           the base model
             RunError             a run folder: absent, busy, written by a newer version
             EndpointError        an endpoint: busy port, rendering that differs
+            GraderError          a grader that cannot say what an answer is worth
         StageError               a stage failed for a reason of ours or of the machine: exit code 1
         DiskFullError            no space left: exit code 1
 
@@ -57,6 +58,10 @@ class RunError(UserError):
 
 class EndpointError(UserError):
     """An endpoint that cannot go live."""
+
+
+class GraderError(UserError):
+    """A grader that fails on an answer: the row lacks a field, a function raises, a model says no number."""
 
 
 class StageError(TunewrightError, RuntimeError):

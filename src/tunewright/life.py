@@ -265,7 +265,7 @@ def resolve(recipe: Recipe, checked: Checked, runs: Path) -> dict[str, Any]:
     assert checked.model is not None
     assert checked.data is not None
     device = models.best_device(use_cpu=recipe.train.use_cpu)
-    settled = memory.settle(recipe.train, checked.model, device, checked.data.splits["train"])
+    settled = memory.settle(recipe, checked.model, device, checked.data.splits["train"])
     rate = recipe.train.learning_rate
     return {
         "format": 1,
@@ -274,7 +274,7 @@ def resolve(recipe: Recipe, checked: Checked, runs: Path) -> dict[str, Any]:
         "model": checked.model.to_dict(),
         "max_length": checked.data.max_length,
         "train": settled.to_dict(),
-        "learning_rate": recipes.default_rate(settled.method) if rate is None else rate,
+        "learning_rate": recipes.default_rate(recipe.task, settled.method) if rate is None else rate,
         "metric": recipe.metric,
         "baselines": list(recipe.baselines),
         "seed": recipe.train.seed,

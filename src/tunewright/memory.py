@@ -18,7 +18,7 @@ import psutil
 
 from tunewright import attention, models
 from tunewright.models import ModelRef
-from tunewright.recipe import Train
+from tunewright.recipe import Recipe, Train
 
 LIBRARIES = 700_000_000
 """Bytes that torch, Transformers and the rest hold in the process before any weight is loaded."""
@@ -51,20 +51,22 @@ class Settled:
         return dict(self.__dict__)
 
 
-def settle(train: Train, ref: ModelRef, device: str, account: dict[str, Any]) -> Settled:
+def settle(recipe: Recipe, ref: ModelRef, device: str, account: dict[str, Any]) -> Settled:
     """The method, precision and batch of a training.
 
     Args:
         account: What preparation says of the training rows (one split of data/checks.json).
     """
+    train = recipe.train
     answer_tokens = round(account["tokens"]["answer"]["mean"] * account["used"])
     free = free_memory(device)
     budget = train.tokens_per_forward or TOKENS_PER_FORWARD[device]
+    borrowed = recipe.task in ("preference", "reward")  # TRL's trainers take the whole batch in one forward
+    fullest = _fullest(train, account, 2**31 if borrowed else budget)
     bf16, bf16_why = _precision(train, ref, device)
     skeleton = models.skeleton(ref)
     needs = {
-        method: estimate(skeleton, train, method, device, _fullest(train, account, budget), bf16=bf16)
-        for method in ("full", "lora", "qlora")
+        method: estimate(skeleton, train, method, device, fullest, bf16=bf16) for method in ("full", "lora", "qlora")
     }
     method: str = train.method
     why = "as the recipe says"

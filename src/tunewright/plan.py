@@ -28,11 +28,17 @@ def estimate(recipe: Recipe, resolved: dict[str, Any]) -> dict[str, Any]:
     splits = resolved["data"]
     parameters = resolved["model"]["parameters"]
     sequences = splits["train"]["sequences"]
+    answers_drawn = train.grpo.num_generations if recipe.task == "reward" else 0
+    sequences *= answers_drawn or 1
     batches = sequences // train.batch_size if train.dataloader_drop_last else math.ceil(sequences / train.batch_size)
     per_epoch = max(1, math.ceil(batches / train.gradient_accumulation_steps))
+    if answers_drawn:
+        per_epoch *= train.grpo.num_iterations
     steps = train.max_steps if train.max_steps > 0 else math.ceil(per_epoch * train.epochs)
-    train_tokens = round(splits["train"]["tokens"]["sum"] * steps / per_epoch)
-    test_tokens = splits["test"]["tokens"]["sum"]
+    per_pass = splits["train"]["tokens"]["sum"]
+    per_pass = per_pass * max(1, answers_drawn) + sequences * recipe.answer_room * bool(answers_drawn)
+    train_tokens = round(per_pass * steps / per_epoch)
+    test_tokens = splits["test"]["tokens"]["sum"] + splits["test"]["used"] * recipe.answer_room
     evaluated_tokens = _evaluated(recipe, resolved)
     settled = resolved["train"]
     each = 6 if settled["method"] == "full" else 4
@@ -55,7 +61,7 @@ def estimate(recipe: Recipe, resolved: dict[str, Any]) -> dict[str, Any]:
         "steps": steps,
         "tokens": {
             "train": train_tokens,
-            "train_per_epoch": splits["train"]["tokens"]["sum"],
+            "train_per_epoch": per_pass,
             "test": test_tokens,
             "evaluate": evaluated_tokens,
         },

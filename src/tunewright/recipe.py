@@ -6,21 +6,24 @@ A recipe is YAML. Reading one does no I/O beyond the file itself: whether the da
 
 from __future__ import annotations
 
+import ast
 import difflib
 import hashlib
 import json
+import keyword
 import re
 import typing
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
+from tunewright import expressions
 from tunewright.errors import RecipeError
 
-Task = Literal["classification", "chat", "pretraining"]
+Task = Literal["classification", "chat", "pretraining", "preference", "reward"]
 Baseline = Literal["zero-shot", "few-shot", "tfidf", "majority"]
 
 
@@ -131,18 +134,26 @@ COLUMNS: dict[str, tuple[Task, ...]] = {
     "text": ("classification", "pretraining"),
     "label": ("classification",),
     "labels": ("classification",),
-    "prompt": ("chat",),
+    "prompt": ("chat", "preference", "reward"),
     "completion": ("chat",),
     "instruction": ("chat",),
-    "input": ("chat",),
+    "input": ("chat", "preference"),
     "response": ("chat",),
-    "messages": ("chat",),
-    "system": ("classification", "chat"),
+    "messages": ("chat", "reward"),
+    "chosen": ("preference",),
+    "rejected": ("preference",),
+    "preferred_output": ("preference",),
+    "non_preferred_output": ("preference",),
+    "system": ("classification", "chat", "preference", "reward"),
 }
 """Keys of `data` that mean something for some tasks only."""
 
-SHAPES = (("messages",), ("prompt", "completion"), ("instruction", "input", "response"))
-"""Columns of a chat row that belong together; a recipe names those of one shape."""
+SHAPES: dict[Task, tuple[tuple[str, ...], ...]] = {
+    "chat": (("messages",), ("prompt", "completion"), ("instruction", "input", "response")),
+    "preference": (("prompt", "chosen", "rejected"), ("input", "preferred_output", "non_preferred_output")),
+    "reward": (("messages",), ("prompt",)),
+}
+"""Columns of a row that belong together, for each task that has several such shapes; a recipe names those of one."""
 
 
 class Data(Section):
@@ -159,17 +170,25 @@ class Data(Section):
     labels: tuple[str, ...] | dict[int, str] | None = None
     """The classes: a list in the order of their numbers, or a mapping from number to word."""
     prompt: str | None = None
-    """Column with the prompt (chat)."""
+    """Column with the prompt: text (chat, preference, reward) or messages (preference, reward)."""
     completion: str | None = None
     """Column with the answer to `prompt` (chat)."""
     instruction: str | None = None
     """Column with the instruction (chat)."""
     input: str | None = None
-    """Column with the instruction's optional input (chat)."""
+    """Column with the instruction's optional input (chat), or with OpenAI's `{messages: [...]}` (preference)."""
     response: str | None = None
     """Column with the answer to `instruction` (chat)."""
     messages: str | None = None
-    """Column with OpenAI chat messages (chat)."""
+    """Column with OpenAI chat messages (chat), or with those of a prompt (reward)."""
+    chosen: str | None = None
+    """Column with the better answer to `prompt`: text or messages (preference)."""
+    rejected: str | None = None
+    """Column with the worse answer (preference)."""
+    preferred_output: str | None = None
+    """Column with the better answer to `input`: messages, as OpenAI has it (preference)."""
+    non_preferred_output: str | None = None
+    """Column with the worse answer (preference)."""
     system: str | None = None
     """A system message put before every example that has none."""
     limit: Limit = Limit()
@@ -192,15 +211,24 @@ class Data(Section):
         for word in words:
             if words.count(word) > 1 or not word.strip():
                 raise ValueError(f"labels names {word!r} twice" if word.strip() else "labels holds an empty word")
-        named = [[column for column in shape if getattr(self, column) is not None] for shape in SHAPES]
-        if len([columns for columns in named if columns]) > 1:
-            raise ValueError(
-                f"{', '.join(column for columns in named for column in columns)} are not of one kind of row; choose "
-                + " or ".join(" + ".join(shape) for shape in SHAPES)
-            )
-        if ["input"] in named:
-            raise ValueError("input alone says nothing; name instruction and response")
         return self
+
+    def check_shape(self, task: Task) -> None:
+        """Refuse columns that do not belong together.
+
+        Raises:
+            ValueError: naming them.
+        """
+        shapes = SHAPES.get(task, ())
+        columns = dict.fromkeys(column for shape in shapes for column in shape)
+        named = [column for column in columns if getattr(self, column) is not None]
+        if named and not any(set(named) <= set(shape) for shape in shapes):
+            raise ValueError(
+                f"data.{named[0]}: {', '.join(named)} are not of one kind of row; choose "
+                + " or ".join(" + ".join(shape) for shape in shapes)
+            )
+        if task == "chat" and named == ["input"]:
+            raise ValueError("data.input alone says nothing; name instruction and response")
 
 
 class Lora(Section):
@@ -214,6 +242,97 @@ class Lora(Section):
     """Modules that get an adapter: names, or all-linear."""
 
 
+DpoLoss = Literal[
+    "sigmoid",
+    "hinge",
+    "ipo",
+    "exo_pair",
+    "nca_pair",
+    "robust",
+    "bco_pair",
+    "sppo_hard",
+    "aot",
+    "aot_unpaired",
+    "apo_zero",
+    "apo_down",
+    "discopop",
+    "sft",
+    "sigmoid_norm",
+]
+"""What TRL's DPOTrainer takes as `loss_type`."""
+
+
+class Dpo(Section):
+    """Direct preference optimization (task: preference). The keys are those of TRL's `DPOConfig`."""
+
+    beta: float = Field(default=0.1, gt=0, le=2)
+    """How much staying near the base weighs: the larger, the nearer. At most 2, as in OpenAI's interface."""
+    loss_type: Annotated[
+        tuple[DpoLoss, ...],
+        BeforeValidator(
+            _one_or_many, json_schema_input_type=DpoLoss | Annotated[tuple[DpoLoss, ...], Field(min_length=1)]
+        ),
+        Field(min_length=1),
+    ] = ("sigmoid",)
+    """The loss, or several that are added up."""
+    loss_weights: tuple[float, ...] | None = None
+    """The weight of each of several losses. Default: 1 for each."""
+    label_smoothing: float = Field(default=0.0, ge=0, lt=0.5)
+    """The share of pairs that are taken to be the wrong way round (robust), or the smoothing (exo_pair)."""
+    f_divergence_type: Literal["reverse_kl", "forward_kl", "js_divergence", "alpha_divergence"] = "reverse_kl"
+    """What measures the distance from the base."""
+    f_alpha_divergence_coef: float = Field(default=0.5, gt=0)
+    """The alpha of alpha_divergence."""
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Dpo:
+        if self.loss_weights is not None and len(self.loss_weights) != len(self.loss_type):
+            raise ValueError(
+                f"loss_weights has {len(self.loss_weights)} numbers for {len(self.loss_type)} losses; give one for each"
+            )
+        smoothed = [loss for loss in self.loss_type if loss in ("robust", "exo_pair")]
+        if self.label_smoothing and not smoothed:
+            raise ValueError("label_smoothing is for loss_type: robust or exo_pair")
+        if "exo_pair" in smoothed and not self.label_smoothing:
+            raise ValueError("label_smoothing must be above 0 for loss_type: exo_pair; 1e-3 is usual")
+        if "f_alpha_divergence_coef" in self.model_fields_set and self.f_divergence_type != "alpha_divergence":
+            raise ValueError("f_alpha_divergence_coef is for f_divergence_type: alpha_divergence")
+        return self
+
+
+class Grpo(Section):
+    """Group relative policy optimization (task: reward). The keys are those of TRL's `GRPOConfig`."""
+
+    num_generations: int = Field(default=8, ge=2)
+    """Answers drawn for each prompt; an answer's advantage is its reward against those of its group."""
+    max_completion_length: int = Field(default=128, ge=1)
+    """Longest answer in tokens, in training and in evaluation. A prompt has what `train.max_length` leaves."""
+    temperature: float = Field(default=1.0, gt=0)
+    """Of the draws. Evaluation answers greedily."""
+    top_p: float = Field(default=1.0, gt=0, le=1)
+    """Draw among the most probable tokens that hold this much together."""
+    top_k: int = Field(default=0, ge=0)
+    """Draw among this many most probable tokens; 0: among all."""
+    min_p: float | None = Field(default=None, ge=0, le=1)
+    """Draw among tokens at least this probable, as a share of the best one's probability."""
+    repetition_penalty: float = Field(default=1.0, gt=0)
+    """Above 1, tokens that were said already become less probable."""
+    beta: float = Field(default=0.0, ge=0)
+    """Weight of the divergence from the base; 0 leaves it out, and saves its pass."""
+    epsilon: float = Field(default=0.2, gt=0)
+    """Clip of the probability ratio."""
+    epsilon_high: float | None = Field(default=None, gt=0)
+    """Upper clip of the ratio. Default: as `epsilon`."""
+    num_iterations: int = Field(default=1, ge=1)
+    """Optimizer steps on the same answers."""
+    loss_type: Literal["grpo", "bnpo", "dr_grpo", "dapo"] = "dapo"
+    """How the tokens of all answers are averaged."""
+    scale_rewards: Literal["group", "batch", "none"] = "group"
+    """Advantages are divided by the standard deviation of rewards in the group, in the batch, or by nothing."""
+    mask_truncated_completions: bool = False
+    """Whether an answer that was cut at its longest is left out of the loss."""
+
+
 class Train(Section):
     """How to train. Keys beyond the first block carry the names of Transformers' `TrainingArguments`."""
 
@@ -225,13 +344,18 @@ class Train(Section):
     epochs: float = Field(default=3.0, gt=0)
     """Passes over the training rows."""
     learning_rate: float | None = Field(default=None, ge=0)
-    """Peak learning rate. Default: 2e-4 for an adapter, 2e-5 for all weights."""
+    """Peak learning rate. Default: 2e-4 for an adapter, 2e-5 for all weights; for preference and reward, which need
+    small steps, 1e-5 and 1e-6."""
     batch_size: int = Field(default=8, ge=1)
-    """Examples per device and step."""
+    """Examples per device and step: rows, pairs (preference), or drawn answers (reward)."""
     max_length: int | None = Field(default=None, ge=8)
     """Longest example in tokens. Default: the model's context, at most 1,024."""
     lora: Lora = Lora()
     """The adapter (method: lora)."""
+    dpo: Dpo = Dpo()
+    """How to learn from pairs (task: preference)."""
+    grpo: Grpo = Grpo()
+    """How to learn from a grader (task: reward)."""
 
     tokens_per_forward: int | None = Field(default=None, ge=1)
     """Tokens that one forward and backward takes at most (a longer row goes alone). The rows of a step are spread over
@@ -468,8 +592,14 @@ class Evaluate(Section):
     Default: zero-shot, tfidf and majority for classes; zero-shot for text."""
     must_beat: Literal["base", "few-shot", "tfidf", "majority"] | None = "base"
     """The run exits with 3 unless the tuned model is better than this one. null asks for no such thing."""
-    metric: Literal["accuracy", "f1_macro", "exact_match", "rouge_l", "loss"] | None = None
-    """What the verdict is about. Default: accuracy for classes, rouge_l for chat, loss for pretraining."""
+    metric: (
+        Literal[
+            "accuracy", "f1_macro", "exact_match", "rouge_l", "loss", "reward_margin", "preference_accuracy", "reward"
+        ]
+        | None
+    ) = None
+    """What the verdict is about. Default: accuracy for classes, rouge_l for chat, loss for pretraining, reward_margin
+    for preference, reward for reward."""
     batch_size: int = Field(default=16, ge=1)
     """Rows that a model answers at once."""
     max_new_tokens: int = Field(default=128, ge=1)
@@ -508,8 +638,229 @@ METRICS: dict[str, tuple[str, ...]] = {
     "classification": ("accuracy", "f1_macro"),
     "chat": ("rouge_l", "exact_match", "loss"),
     "pretraining": ("loss",),
+    "preference": ("reward_margin", "preference_accuracy"),
+    "reward": ("reward",),
 }
 """What can be the verdict's metric for a task; the first is the default."""
+
+NOT_IN_EVERY_TASK: dict[str, tuple[Task, ...]] = {"dpo": ("preference",), "grpo": ("reward",)}
+"""Sections of `train` that one task reads."""
+
+
+def _templated(text: str) -> str:
+    expressions.template(text)
+    return text
+
+
+Templated = Annotated[str, AfterValidator(_templated)]
+"""Text that may hold `{{ item.COLUMN }}` and `{{ sample.output_text }}`."""
+
+
+class StringCheck(Section):
+    """1 where the answer compares as asked with the reference, else 0."""
+
+    type: Literal["string_check"]
+    """The kind of grader."""
+    name: str | None = None
+    """For people; in `multi` the key names the grader."""
+    input: Templated = "{{ sample.output_text }}"
+    """What is looked at."""
+    reference: Templated
+    """What it is compared with, such as `{{ item.answer }}`."""
+    operation: Literal["eq", "ne", "like", "ilike"]
+    """eq: equal; ne: not equal; like: contains the reference; ilike: contains it, upper and lower case alike."""
+
+
+class TextSimilarity(Section):
+    """How near the answer's text is to the reference, from 0 to 1."""
+
+    type: Literal["text_similarity"]
+    """The kind of grader."""
+    name: str | None = None
+    """For people; in `multi` the key names the grader."""
+    input: Templated = "{{ sample.output_text }}"
+    """What is looked at."""
+    reference: Templated
+    """What it is compared with."""
+    evaluation_metric: Literal[
+        "fuzzy_match", "bleu", "gleu", "rouge_1", "rouge_2", "rouge_3", "rouge_4", "rouge_5", "rouge_l"
+    ]
+    """fuzzy_match: difflib's ratio of matching characters; bleu and gleu: nltk's; rouge: rouge_score's F-measure."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _can_be_had(cls, given: Any) -> Any:
+        why = {"cosine": "needs a model of embeddings", "meteor": "needs WordNet, which nltk downloads"}
+        asked = given.get("evaluation_metric") if isinstance(given, Mapping) else None
+        if isinstance(asked, str) and asked in why:
+            raise ValueError(f"evaluation_metric: {asked} {why[asked]}, and is not supported; choose rouge_l or gleu")
+        return given
+
+
+class PythonGrader(Section):
+    """What a function of yours says: `def grade(sample, item) -> float`. It runs in a child process, unconfined."""
+
+    type: Literal["python"]
+    """The kind of grader."""
+    name: str | None = None
+    """For people; in `multi` the key names the grader."""
+    source: str = Field(min_length=1)
+    """Python that defines `grade(sample, item)`: sample["output_text"] is the answer, item the row. It runs as you,
+    with your files and network: run no source that you do not trust."""
+    timeout_s: float = Field(default=10.0, gt=0)
+    """Seconds that one answer may take."""
+
+    @model_validator(mode="after")
+    def _has_grade(self) -> PythonGrader:
+        try:
+            tree = ast.parse(self.source)
+        except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
+            at = f" (its line {error.lineno})" if isinstance(error, SyntaxError) and error.lineno else ""
+            raise ValueError(f"source is not Python{at}: {str(error).splitlines()[0]}") from None
+        found = [node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name == "grade"]
+        if not found:
+            raise ValueError("source defines no function grade(sample, item)")
+        arguments = found[-1].args
+        given = len(arguments.posonlyargs) + len(arguments.args)
+        if not (given - len(arguments.defaults) <= 2 <= given or arguments.vararg):
+            raise ValueError(f"source: grade takes {given} arguments; it is called with two: sample and item")
+        return self
+
+
+class GraderMessage(Section):
+    """A message to the judging model."""
+
+    role: Literal["system", "developer", "user", "assistant"]
+    """Who says it."""
+    content: Templated
+    """What it says."""
+
+
+class Sampling(Section):
+    """How the judging model answers; the keys are those of the chat completions API."""
+
+    temperature: float | None = Field(default=None, ge=0, le=2)
+    """Default: the endpoint's."""
+    top_p: float | None = Field(default=None, gt=0, le=1)
+    """Default: the endpoint's."""
+    max_completion_tokens: int | None = Field(default=None, ge=1)
+    """Longest answer in tokens."""
+    seed: int | None = None
+    """Where the endpoint keeps to one."""
+
+
+class Judge(Section):
+    """Another model, behind an endpoint that speaks the OpenAI API."""
+
+    name: str | None = None
+    """For people; in `multi` the key names the grader."""
+    model: str = Field(min_length=1)
+    """The model's name at its endpoint."""
+    input: tuple[GraderMessage, ...]
+    """The conversation that it answers."""
+    base_url: str | None = None
+    """The endpoint, such as http://127.0.0.1:8000/v1. Default: OPENAI_BASE_URL, else OpenAI's own."""
+    api_key_env: str = "OPENAI_API_KEY"
+    """The environment variable that holds the key. The key itself is never written down."""
+    sampling_params: Sampling = Sampling()
+    """How it answers."""
+    timeout_s: float = Field(default=60.0, gt=0)
+    """Seconds that one answer may take."""
+
+    @model_validator(mode="after")
+    def _asks(self) -> Judge:
+        if not self.input:
+            raise ValueError("input is empty; say what the model is asked, such as {role: user, content: ...}")
+        return self
+
+
+class ScoreModel(Judge):
+    """The number that another model gives."""
+
+    type: Literal["score_model"]
+    """The kind of grader."""
+    range: tuple[float, float] = (0.0, 1.0)
+    """The lowest and the highest number that it may give. It is told so."""
+
+    @model_validator(mode="after")
+    def _in_order(self) -> ScoreModel:
+        if not self.range[0] < self.range[1]:
+            raise ValueError(f"range goes from {self.range[0]:g} to {self.range[1]:g}; the lower number comes first")
+        return self
+
+
+class LabelModel(Judge):
+    """1 where another model gives a passing label, else 0."""
+
+    type: Literal["label_model"]
+    """The kind of grader."""
+    labels: Annotated[tuple[str, ...], Field(min_length=2)]
+    """What it may answer. It is told so."""
+    passing_labels: Annotated[tuple[str, ...], Field(min_length=1)]
+    """Those that are worth 1."""
+
+    @model_validator(mode="after")
+    def _known(self) -> LabelModel:
+        unknown = [label for label in self.passing_labels if label not in self.labels]
+        if unknown:
+            raise ValueError(f"passing_labels: {unknown[0]!r} is not among labels")
+        return self
+
+
+Simple = Annotated[StringCheck | TextSimilarity | PythonGrader | ScoreModel | LabelModel, Field(discriminator="type")]
+
+
+class Multi(Section):
+    """Several graders, and a formula over their scores."""
+
+    type: Literal["multi"]
+    """The kind of grader."""
+    name: str | None = None
+    """For people."""
+    graders: Annotated[dict[Annotated[str, Field(pattern=r"^[A-Za-z_]\w{0,63}$")], Simple], Field(min_length=1)]
+    """Name -> grader."""
+    calculate_output: str
+    """The score from those of the graders, by name: numbers, + - * / ^, ( ), min, max, abs, floor, ceil, exp, sqrt,
+    log. Such as `0.8 * right + 0.2 * short`."""
+
+    @model_validator(mode="after")
+    def _computes(self) -> Multi:
+        taken = sorted(set(self.graders) & {*expressions.FUNCTIONS, *keyword.kwlist})
+        if taken:
+            raise ValueError(f"graders: {taken[0]} cannot be a grader's name; call it {taken[0]}_score")
+        try:
+            expressions.check_formula(self.calculate_output, self.graders)
+        except ValueError as error:
+            raise ValueError(f"calculate_output: {error}") from None
+        unused = sorted(set(self.graders) - expressions.names(self.calculate_output))
+        if unused:
+            raise ValueError(f"calculate_output does not use the grader {unused[0]}; use it or remove it")
+        return self
+
+
+Grader = Annotated[
+    StringCheck | TextSimilarity | PythonGrader | ScoreModel | LabelModel | Multi, Field(discriminator="type")
+]
+GRADERS: dict[str, type[Section]] = {
+    "string_check": StringCheck,
+    "text_similarity": TextSimilarity,
+    "python": PythonGrader,
+    "score_model": ScoreModel,
+    "label_model": LabelModel,
+    "multi": Multi,
+}
+"""The section for each `type` of a grader."""
+
+
+def item_places(grader: Section) -> list[expressions.Place]:
+    """Where a grader's templates look into the row, each place once."""
+    found: dict[expressions.Place, None] = {}
+    for simple in grader.graders.values() if isinstance(grader, Multi) else (grader,):
+        texts = [message.content for message in simple.input] if isinstance(simple, Judge) else []
+        if isinstance(simple, StringCheck | TextSimilarity):
+            texts = [simple.input, simple.reference]
+        found |= dict.fromkeys(place for text in texts for place in expressions.item_places(text))
+    return list(found)
 
 
 class Tracking(Section):
@@ -540,11 +891,14 @@ class Recipe(Section):
     revision: str | None = None
     """Branch, tag or commit of a hub model. What was used is written to resolved.json."""
     task: Task
-    """What is learnt: the class of a text, an assistant's turns, or the text itself."""
+    """What is learnt: the class of a text, an assistant's turns, the text itself, the better of two answers, or what a
+    grader rewards."""
     data: Data
     """Where the rows come from and which of their columns say what."""
     train: Train = Train()
     """How to train."""
+    grader: Grader | None = None
+    """What gives an answer its reward (task: reward): a grader in one of OpenAI's forms."""
     evaluate: Evaluate = Evaluate()
     """What the tuned model is measured by, and against what."""
     package: Package = Package()
@@ -561,13 +915,15 @@ class Recipe(Section):
         for key, tasks in COLUMNS.items():
             if getattr(self.data, key) is not None and self.task not in tasks:
                 raise ValueError(f"data.{key} is for task: {' or '.join(tasks)}, not for {self.task}")
+        self.data.check_shape(self.task)
+        self._fits_the_method()
         if self.task == "pretraining" and self.data.over_length != "truncate":
             raise ValueError("data.over_length is for prompts; a long text is learnt in pieces, none of it is lost")
         if self.task != "classification":
             for baseline in (*(self.evaluate.baselines or ()), self.evaluate.must_beat):
                 if baseline in ("tfidf", "majority"):
                     raise ValueError(f"evaluate: the baseline {baseline} needs task: classification")
-        if self.task == "pretraining" and "few-shot" in self.baselines:
+        if self.task not in ("classification", "chat") and "few-shot" in self.baselines:
             raise ValueError("evaluate: the baseline few-shot needs task: classification or chat")
         wanted = self.evaluate.must_beat
         if wanted not in (None, "base") and wanted not in self.baselines:
@@ -584,6 +940,57 @@ class Recipe(Section):
                 "train.eval_strategy measures the loss on data.validation, which is not set; name its rows"
             )
         return self
+
+    def _fits_the_method(self) -> None:
+        """What preference and reward need, and what they cannot do."""
+        for key, tasks in NOT_IN_EVERY_TASK.items():
+            if key in self.train.model_fields_set and self.task not in tasks:
+                raise ValueError(f"train.{key} is for task: {' or '.join(tasks)}, not for {self.task}")
+        if (self.grader is not None) != (self.task == "reward"):
+            raise ValueError(
+                f"grader is missing: task: reward needs one, of type {', '.join(GRADERS)}"
+                if self.task == "reward"
+                else f"grader is for task: reward, not for {self.task}"
+            )
+        if self.task not in ("preference", "reward"):
+            return
+        train = self.train
+        if train.lora.lora_dropout:
+            raise ValueError(
+                "train.lora.lora_dropout: dropout would blur the log-probabilities that task: "
+                f"{self.task} compares; leave it 0"
+            )
+        if train.neftune_noise_alpha is not None:
+            raise ValueError(f"train.neftune_noise_alpha is for supervised training, not for {self.task}")
+        if train.train_sampling_strategy == "group_by_length":
+            raise ValueError(f"train.train_sampling_strategy: group_by_length is not for {self.task}")
+        if self.task == "preference":
+            return
+        if train.dataloader_drop_last:
+            raise ValueError("train.dataloader_drop_last is not for reward, which fills its last step with other rows")
+        together = train.batch_size * train.gradient_accumulation_steps
+        if together % train.grpo.num_generations:
+            raise ValueError(
+                f"train.batch_size times gradient_accumulation_steps is {together}, which is no multiple of "
+                f"train.grpo.num_generations ({train.grpo.num_generations}): a step needs whole groups of answers"
+            )
+        if train.eval_strategy != "no" or self.data.validation is not None:
+            raise ValueError(
+                "train.eval_strategy and data.validation measure a loss, and task: reward has none; its log has the "
+                "reward of every step"
+            )
+        if "max_new_tokens" in self.evaluate.model_fields_set:
+            raise ValueError("evaluate.max_new_tokens is for chat; a reward's answers have grpo.max_completion_length")
+
+    @property
+    def max_new_tokens(self) -> int:
+        """The longest answer that evaluation and the endpoint's test ask for."""
+        return self.train.grpo.max_completion_length if self.task == "reward" else self.evaluate.max_new_tokens
+
+    @property
+    def answer_room(self) -> int:
+        """Tokens of `max_length` that a prompt leaves free, since its answer is still to be drawn."""
+        return self.train.grpo.max_completion_length if self.task == "reward" else 0
 
     @property
     def baselines(self) -> tuple[Baseline, ...]:
@@ -602,7 +1009,7 @@ class Recipe(Section):
     @property
     def learning_rate(self) -> float:
         given = self.train.learning_rate
-        return given if given is not None else default_rate(self.train.method)
+        return given if given is not None else default_rate(self.task, self.train.method)
 
     @property
     def endpoint_name(self) -> str:
@@ -617,8 +1024,10 @@ class Recipe(Section):
         return hashlib.sha256(json.dumps(self.model_dump(mode="json"), sort_keys=True).encode()).hexdigest()
 
 
-def default_rate(method: str) -> float:
-    """The peak learning rate of a method where the recipe names none."""
+def default_rate(task: str, method: str) -> float:
+    """The peak learning rate of a task and a method where the recipe names none."""
+    if task in ("preference", "reward"):  # TRL's own default for all weights, and ten times that
+        return 1e-6 if method == "full" else 1e-5
     return 2e-5 if method == "full" else 2e-4
 
 
@@ -721,7 +1130,7 @@ def _repeated(node: yaml.Node | None) -> Iterator[tuple[str, int]]:
 
 def _explain(problem: Mapping[str, Any], node: yaml.Node | None, where: str, overrides: list[str]) -> tuple[str, str]:
     """One of pydantic's findings: the place (file:line and key), and what is wrong there and what to do."""
-    path = [part for part in problem["loc"] if not _is_branch(part)]
+    path, grader = _keys_in(problem["loc"])
     message = str(problem["msg"]).removeprefix("Value error, ").replace("a valid tuple", "a list")
     own = problem["type"] == "value_error"  # a validator of ours: its message begins with the key
     line = _line(node, path + message.split()[0].rstrip(":,").split(".") if own else path)
@@ -732,15 +1141,32 @@ def _explain(problem: Mapping[str, Any], node: yaml.Node | None, where: str, ove
         if dotted == key or dotted.startswith(key + "."):
             place = f"--set {override}"
     if problem["type"] == "extra_forbidden":
-        return f"{place}: {_unknown_key(path)}", ""
+        return f"{place}: {_unknown_key(path, grader)}", ""
     if problem["type"] == "missing":
         return f"{place}: `{dotted}` is missing", ""
-    if dotted == "task" and problem["input"] in ("preference", "reward"):
-        message = f"{message}; {problem['input']} is not supported yet"
-    elif problem["type"] == "literal_error":
+    if problem["type"] in ("union_tag_invalid", "union_tag_not_found"):
+        given = problem["input"].get("type") if isinstance(problem["input"], Mapping) else None
+        known = [kind for kind in GRADERS if dotted == "grader" or kind != "multi"]
+        return f"{place}: `{dotted}.type`", f"a grader is of type {', '.join(known)}" + (
+            f" (it says {given!r})" if given is not None else ""
+        )
+    if problem["type"] == "literal_error":
         message = _nearest_value(message, problem["input"])
     shown = "" if isinstance(problem["input"], dict | BaseModel) else f" (it says {repr(problem['input'])[:80]})"
     return f"{place}: `{dotted}`" if dotted else place, f"{message}{shown}"
+
+
+def _keys_in(location: Sequence[str | int]) -> tuple[list[str | int], type[Section] | None]:
+    """The keys in pydantic's location, and the section of the grader that it lies in."""
+    path: list[str | int] = []
+    grader = None
+    for place, part in enumerate(location):
+        before = location[max(0, place - 2) : place]
+        if part in GRADERS and (before[-1:] == ("grader",) or (len(before) == 2 and before[0] == "graders")):
+            grader = GRADERS[str(part)]
+        elif not _is_branch(part):
+            path.append(part)
+    return path, grader
 
 
 def _is_branch(part: str | int) -> bool:
@@ -756,9 +1182,9 @@ def _nearest_value(message: str, given: Any) -> str:
     return f"did you mean {near[0]!r}?" if len(known) > 8 else f"{message}; did you mean {near[0]!r}?"
 
 
-def _unknown_key(path: list[Any]) -> str:
+def _unknown_key(path: list[Any], grader: type[Section] | None) -> str:
     *parents, key = path
-    section = _section(parents)
+    section = grader if grader and (parents[-1:] == ["grader"] or parents[-2:-1] == ["graders"]) else _section(parents)
     inside = f" in `{'.'.join(map(str, parents))}`" if parents else ""
     if section is Train and key in RENAMED:
         return f"`{key}`{inside} is called `{RENAMED[key]}` here"

@@ -17,6 +17,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from tunewright.errors import FAULT, INTERRUPTED, DiskFullError, StageError, explained
+from tunewright.recipe import NOT_IN_EVERY_TASK
 from tunewright.run import Run, write_json
 
 
@@ -91,19 +92,26 @@ def prepare(run: Run) -> None:
 
 def train(run: Run) -> None:
     from tunewright import tracking
-    from tunewright.train import supervised
 
+    recipe = run.recipe()
+    if recipe.task == "preference":
+        from tunewright.train.preference import fit
+    elif recipe.task == "reward":
+        from tunewright.train.reward import fit
+    else:
+        from tunewright.train.supervised import fit
+    unread = {key for key, tasks in NOT_IN_EVERY_TASK.items() if recipe.task not in tasks}
     if int(os.environ.get("RANK", 0)) > 0:
-        supervised.fit(run, tracking.Tracker(run))  # the first process tells MLflow
+        fit(run, tracking.Tracker(run))  # the first process tells MLflow
         return
     with tracking.attach(run) as tracker:
-        tracker.params(_flat(run.recipe().model_dump(mode="json", exclude={"tracking"})))
+        tracker.params(_flat(recipe.model_dump(mode="json", exclude={"tracking": True, "train": unread})))
         tracker.params(
             {"base_model": run.resolved()["model"]["source"], "revision": run.resolved()["model"]["revision"]}
         )
         checks = run.manifest("prepare")
         tracker.tags({f"data.{split}.sha256": facts["sha256"] for split, facts in checks["splits"].items()})
-        supervised.fit(run, tracker)
+        fit(run, tracker)
 
 
 def evaluate(run: Run) -> None:

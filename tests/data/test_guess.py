@@ -225,3 +225,21 @@ def test_a_hub_data_set_is_known_with_its_test_split(tmp_path: Path) -> None:
     assert recipes.loads(both).name == "both"
     assert recipes.loads(one).data.test is None
     assert recipes.loads(one).name == "one"
+
+
+def test_pairs_of_answers_are_a_preference(here: Path) -> None:
+    said = (
+        [{"role": "user", "content": "a"}],
+        [{"role": "assistant", "content": "b"}],
+        [{"role": "assistant", "content": "c"}],
+    )
+    for row in (
+        {"prompt": "a", "chosen": "b", "rejected": "c"},
+        {"chosen": said[0] + said[1], "rejected": said[0] + said[2]},
+        {"input": {"messages": said[0]}, "preferred_output": said[1], "non_preferred_output": said[2]},
+    ):
+        write("pairs.jsonl", [row] * 3)
+        recipe = guessed("pairs.jsonl")
+        assert recipe.task == "preference"
+        assert columns(recipe) == {column: column for column in row}
+        assert recipe.learning_rate == 1e-5

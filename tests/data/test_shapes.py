@@ -395,3 +395,144 @@ def test_any_row_is_an_example_or_named(task: str, fields: dict[str, Any]) -> No
         return
     assert Example.from_dict(one.to_dict()) == one
     assert one.text if task == "pretraining" else one.answer.strip()
+
+
+# Pairs
+
+BETTER, WORSE = {"role": "assistant", "content": "good"}, {"role": "assistant", "content": "bad"}
+PAIR = Example("a.jsonl:1", "a.jsonl:1", (Message("user", "a"), Message("assistant", "good")), rejected="bad")
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"prompt": "a", "chosen": "good", "rejected": "bad"},
+        {"prompt": [USER], "chosen": "good", "rejected": "bad"},
+        {"prompt": [USER], "chosen": [BETTER], "rejected": [WORSE]},
+        {"prompt": "a", "chosen": [USER, BETTER], "rejected": [USER, WORSE]},
+        {"chosen": [USER, BETTER], "rejected": [USER, WORSE]},
+        {"input": {"messages": [USER]}, "preferred_output": [BETTER], "non_preferred_output": [WORSE]},
+        {
+            "input": {"messages": [USER], "tools": [], "parallel_tool_calls": True},
+            "preferred_output": [BETTER],
+            "non_preferred_output": [WORSE],
+        },
+    ],
+)
+def test_every_form_of_a_pair_is_the_same_example(fields: dict[str, Any]) -> None:
+    assert example("preference", fields) == PAIR
+
+
+def test_a_pairs_columns_may_have_other_names() -> None:
+    fields = {"question": "a", "yes": "good", "no": "bad"}
+    assert example("preference", fields, prompt="question", chosen="yes", rejected="no") == PAIR
+    openai = {"i": {"messages": [USER]}, "p": [BETTER], "n": [WORSE]}
+    assert example("preference", openai, input="i", preferred_output="p", non_preferred_output="n") == PAIR
+    assert example("preference", fields | {"chosen": "x"}, prompt="question", chosen="yes", rejected="no") == PAIR
+
+
+def test_a_pair_keeps_what_was_said_before_and_gets_a_system_message() -> None:
+    talk = [USER, SAYS, {"role": "user", "content": "c"}]
+    one = example("preference", {"prompt": talk, "chosen": "good", "rejected": "bad"}, system="Be kind.")
+    assert one.messages == (Message("system", "Be kind."), *conversation("a", "b", "c", "good"))
+    assert (one.answer, one.rejected) == ("good", "bad")
+
+
+@pytest.mark.parametrize(
+    ("fields", "code", "severity", "said"),
+    [
+        ({"prompt": "a", "chosen": "good", "rejected": "good "}, "same_answers", "warning", "are the same"),
+        ({"prompt": "a", "chosen": "", "rejected": "bad"}, "empty_answer", "warning", "'chosen' is empty"),
+        ({"prompt": "a", "chosen": "good", "rejected": None}, "empty_answer", "warning", "'rejected' is empty"),
+        ({"prompt": " ", "chosen": "good", "rejected": "bad"}, "empty_prompt", "warning", "'prompt' is empty"),
+        ({"prompt": "a", "chosen": 1, "rejected": "bad"}, "wrong_type", "error", "'chosen' is a number"),
+        ({"prompt": "a", "chosen": [USER], "rejected": "bad"}, "messages", "error", "does not end with a message from"),
+        ({"prompt": "a", "chosen": [SAYS, BETTER], "rejected": "bad"}, "messages", "error", "it takes one answer"),
+        ({"chosen": [USER, BETTER], "rejected": [SAYS, WORSE]}, "prompts_differ", "error", "answer different prompts"),
+        ({"chosen": [BETTER], "rejected": [WORSE]}, "messages", "error", "nothing before the assistant's message"),
+        (
+            {"input": [USER], "preferred_output": [BETTER], "non_preferred_output": [WORSE]},
+            "wrong_type",
+            "error",
+            "'input' is not an object with `messages`",
+        ),
+        (
+            {"input": {"messages": [USER]}, "preferred_output": [], "non_preferred_output": [WORSE]},
+            "messages",
+            "error",
+            "does not end with a message from",
+        ),
+        (
+            {
+                "input": {"messages": [USER], "tools": [{}]},
+                "preferred_output": [BETTER],
+                "non_preferred_output": [WORSE],
+            },
+            "messages",
+            "error",
+            "has tools",
+        ),
+    ],
+)
+def test_a_pair_that_cannot_be_learnt_is_named(fields: dict[str, Any], code: str, severity: str, said: str) -> None:
+    found = unusable("preference", fields)
+    assert found[:2] == (code, severity)
+    assert said in found[2]
+
+
+def test_a_table_without_pairs_says_what_it_needs() -> None:
+    with pytest.raises(DataError, match="preference needs `prompt`, `chosen` and `rejected`, or OpenAI's `input`"):
+        example("preference", {"chosen": "good", "rejected": "bad"})
+
+
+# Prompts for a grader
+
+
+def asked(fields: dict[str, Any], *, reference: str = "x", **data: Any) -> Example:
+    grader = {"type": "string_check", "reference": reference, "operation": "eq"}
+    made = recipes.Recipe.model_validate(
+        {"name": "one", "model": "m", "task": "reward", "data": {"train": "a.jsonl", **data}, "grader": grader}
+    )
+    row = Row("a.jsonl:1", fields)
+    shape = shapes.recognise(made, [row], None)
+    assert shape is not None
+    return shape.read(row)
+
+
+@pytest.mark.parametrize("prompt", [{"messages": [USER]}, {"prompt": "a"}, {"prompt": [USER]}])
+def test_a_prompt_and_the_row_for_the_grader(prompt: dict[str, Any]) -> None:
+    fields = prompt | {"answer": {"value": [1, 2]}}
+    one = asked(fields, reference="{{ item.answer.value[1] }}", system="Be kind.")
+    assert one.messages == one.prompt == (Message("system", "Be kind."), Message("user", "a"))
+    assert one.item == fields
+    assert one.answer == ""
+    assert Example.from_dict(one.to_dict()) == one
+
+
+def test_what_is_no_json_reaches_the_grader_as_text() -> None:
+    import datetime
+
+    one = asked({"prompt": "a", "day": datetime.date(2024, 1, 2)}, reference="{{ item.day }}")
+    assert one.item == {"prompt": "a", "day": "2024-01-02"}
+
+
+@pytest.mark.parametrize(
+    ("fields", "said"),
+    [
+        ({"messages": [USER, SAYS]}, "the last message is from 'assistant'; task: reward needs a prompt"),
+        ({"messages": []}, "nothing to answer"),
+        ({"messages": [{"role": "cat", "content": "a"}]}, "unknown role 'cat'"),
+        ({"messages": "a"}, "is a string, not a list of messages"),
+    ],
+)
+def test_a_prompt_that_cannot_be_answered_is_named(fields: dict[str, Any], said: str) -> None:
+    with pytest.raises(Unusable) as refused:
+        asked(fields)
+    assert said in str(refused.value)
+
+
+def test_a_column_that_the_grader_reads_is_looked_for_in_every_row() -> None:
+    with pytest.raises(
+        Unusable, match=r"the grader reads item\.answr, which the row lacks; columns here: 'prompt', 'a"
+    ):
+        asked({"prompt": "a", "answer": "b"}, reference="{{ item.answr }}")

@@ -49,7 +49,9 @@ def prepare(base: Path, tmp_path: Path) -> Prepare:
 def spawn() -> Spawn:
     """Start `python -m tunewright.work train RUN` in a process of its own, forked from one that has the imports."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["training", "tunewright.train.supervised", "peft"])
+    context.set_forkserver_preload(
+        ["training", "tunewright.train.supervised", "tunewright.train.reward", "tunewright.train.preference", "peft"]
+    )
 
     def start(run: Run) -> BaseProcess:
         process = context.Process(target=training.child, args=(str(run.path),))

@@ -9,6 +9,7 @@ import pytest
 import yaml
 from transformers import TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
+from trl import DPOConfig, GRPOConfig
 
 from tunewright import recipe as recipes
 from tunewright.errors import RecipeError
@@ -136,3 +137,15 @@ def test_the_learning_rate_has_a_default_for_each_method(tmp_path: Path, method:
 def test_what_this_machine_cannot_do_is_said_before_training(tmp_path: Path, key: str) -> None:
     with pytest.raises(RecipeError, match=f"^train: .*{key}"):
         arguments_of(tmp_path, **{key: True})
+
+
+@pytest.mark.parametrize("kind", [DPOConfig, GRPOConfig])
+def test_trls_own_defaults_do_not_come_through(tmp_path: Path, kind: type[TrainingArguments]) -> None:
+    """bf16 and gradient checkpointing are on in TRL unless they are refused, and wrong on a CPU."""
+    arguments = exact.arguments(recipe_of(), Run(tmp_path), "cpu", kind, gradient_checkpointing=None)
+    assert arguments.bf16 is arguments.activation_checkpointing is False
+    assert arguments.logging_steps == Train().logging_steps
+    asked = exact.arguments(
+        recipe_of(gradient_checkpointing=True), Run(tmp_path), "cpu", kind, gradient_checkpointing=None
+    )
+    assert asked.activation_checkpointing is True

@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import signal
-import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
-from training import Prepare, Spawn, fit
+from training import Prepare, Spawn, end, fit, result, seen_step, stop_at, torn
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from tunewright import chat, generate, models
@@ -22,7 +20,7 @@ from tunewright.errors import DataError, RecipeError, StageError
 from tunewright.models import ModelRef
 from tunewright.run import Run, read_json
 from tunewright.testing import tiny_model
-from tunewright.train import checkpoints, exact
+from tunewright.train import checkpoints
 from tunewright.train.weights import sha256
 
 LORA = {
@@ -80,12 +78,6 @@ def unbroken(prepare: Prepare, tmp_path: Path, known: dict[str, Any]) -> Any:
 
 def losses(run: Run) -> list[float]:
     return [entry["loss"] for entry in run.metrics() if "loss" in entry]
-
-
-def result(run: Run) -> tuple[dict[str, str], str, int]:
-    """Everything that must not depend on how often a run was ended."""
-    manifest = run.manifest("train")
-    return manifest["sha256"], run.metrics_file.read_text(), manifest["steps"]
 
 
 # --- it learns, and repeats itself ---
@@ -166,30 +158,6 @@ def test_gradient_checkpointing_does_not_change_the_result(prepare: Prepare, met
 # --- it goes on ---
 
 
-def seen_step(run: Run, step: int) -> bool:
-    return run.metrics_file.is_file() and f'"step": {step},' in run.metrics_file.read_text()
-
-
-def torn(run: Run) -> bool:
-    """A checkpoint is being written at this moment."""
-    return any(not (one / checkpoints.SEAL).exists() for one in run.checkpoints.glob("checkpoint-*"))
-
-
-def end(run: Run, spawn: Spawn, how: signal.Signals, when: Any) -> int | None:
-    """Train in a process of its own and send it a signal once `when(run)` holds; gives its exit code."""
-    process = spawn(run)
-    assert process.pid is not None
-    while process.is_alive():
-        if when(run):
-            os.kill(process.pid, how)
-            break
-        time.sleep(0.0005)
-    process.join(60)
-    code = process.exitcode
-    process.close()
-    return code
-
-
 @METHODS
 @pytest.mark.parametrize("moment", ["in a step", "in a checkpoint"])
 def test_a_killed_run_ends_as_an_unbroken_one(unbroken: Any, spawn: Spawn, train: dict[str, Any], moment: str) -> None:
@@ -241,19 +209,6 @@ def test_a_stop_at_any_step_goes_on_exactly(unbroken: Any, at: int) -> None:
     assert at in (checkpoints.step(one) for one in broken.checkpoints.iterdir())
     fit(broken)
     assert result(broken) == whole
-
-
-def stop_at(run: Run, step: int) -> None:
-    """Train in this process, which gets a SIGTERM during a step."""
-
-    class AtStep(exact.Watch):
-        def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-            if state.global_step == step - 1:
-                os.kill(os.getpid(), signal.SIGTERM)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(exact, "Watch", AtStep)
-        fit(run)
 
 
 def test_the_process_heeds_sigterm_as_before_once_training_is_over(prepare: Prepare) -> None:

@@ -69,6 +69,8 @@ class LocalBackend:
 
     def check(self, recipe: Recipe, stages: tuple[str, ...]) -> list[Problem]:
         problems = []
+        if self.settings.processes > 1 and recipe.task in ("preference", "reward"):
+            problems.append(Problem(f"backend.processes: task: {recipe.task} trains in one process; leave it out"))
         if "deploy" in stages:
             if recipe.deploy.content_filter != "off":
                 problems.append(

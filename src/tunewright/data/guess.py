@@ -61,7 +61,10 @@ def recipe_for(source: str, *, model: str, name: str | None = None, test: str | 
         "train:",
         "  method: lora    # or full: all weights",
         "  epochs: 3",
-        "  learning_rate: 2.0e-4" + ("" if model != "starter" else "    # a small base such as starter likes 1.0e-3"),
+        "  learning_rate: 1.0e-5" + ("" if model != "starter" else "    # a small base such as starter likes 1.0e-4")
+        if task == "preference"
+        else "  learning_rate: 2.0e-4"
+        + ("" if model != "starter" else "    # a small base such as starter likes 1.0e-3"),
         "  batch_size: 8",
         "evaluate:",
         "  must_beat: base    # exit code 3 unless the tuned model is better than this",
@@ -86,6 +89,11 @@ def _guess(source: str, rows: Sequence[Row]) -> tuple[str, dict[str, str], str]:
     names = {column.lower(): column for column in first}
     if "messages" in names:
         return "chat", {"messages": names["messages"]}, f"the column {names['messages']!r} holds chat messages"
+    for shape in shapes.PAIR_SHAPES:
+        if all(part in names for part in shape[1:]) and (shape[0] in names or isinstance(first[names[shape[1]]], list)):
+            columns = {part: names[part] for part in shape if part in names}
+            why = f"{names[shape[1]]!r} and {names[shape[2]]!r} look like a better and a worse answer"
+            return "preference", columns, why
     if set(first) == {"text"}:
         return "pretraining", {"text": "text"}, "there is text and nothing else"
     text = next((names[one] for one in TEXT_NAMES if one in names and isinstance(first[names[one]], str)), None)

@@ -43,6 +43,8 @@ OWN_THREADS = "TOKENIZERS_PARALLELISM"
 PROGRESS_ROWS = 200
 One = TypeVar("One")
 Other = TypeVar("Other")
+MIN_PROMPT_TOKENS = 8
+"""What a drawn answer must leave of `train.max_length`."""
 
 
 @dataclass
@@ -104,6 +106,11 @@ def assemble(
             set holds an unknown label, or all training rows have one class.
     """
     max_length = ref.max_length(recipe.train.max_length)
+    if max_length - recipe.answer_room < MIN_PROMPT_TOKENS:
+        raise DataError(
+            f"train.grpo.max_completion_length is {recipe.answer_room} of the {max_length} tokens of train.max_length, "
+            f"which leaves fewer than {MIN_PROMPT_TOKENS} for a prompt; set it lower"
+        )
     tables, notes = _tables(recipe)
     sections = [(split, step) for split in tables for step in STEPS]
     result = Assembled(Findings([*sections, "notes", "seen"]), max_length=max_length)
@@ -123,8 +130,9 @@ def assemble(
             "truncated": 0,
             "tokens_cut": 0,
         }
-        judge = _Judge(recipe, split, result.findings, account, result.labels, limits, max_length)
-        kept = _Kept(max_length)
+        room = max_length - recipe.answer_room
+        judge = _Judge(recipe, split, result.findings, account, result.labels, limits, room)
+        kept = _Kept(max_length if recipe.task == "pretraining" else None)
         known = judge.known(judge.shaped(shape, table.rows))
         with _writer(run, split, max_length) as put, contextlib.closing(_clipped(tokenizer, known, judge.limit)) as fit:
             for number, (limit, clipped) in enumerate(fit, start=1):
@@ -386,10 +394,10 @@ class _Judge:
         assert isinstance(made, Clipped)
         assert made.example is not None
         if example.text is None and made.length > limit:
-            cut = made.length - len(made.rendering.ids)
             self.account["truncated"] += 1
-            self.account["tokens_cut"] += cut
-            message = f"{_over(made, limit)}: the end of the prompt was cut ({cut} tokens), the answer is whole"
+            self.account["tokens_cut"] += made.cut
+            answer = "" if example.item is not None else ", the answer is whole"
+            message = f"{_over(made, limit)}: the end of the prompt was cut ({made.cut} tokens){answer}"
             finding = Finding("over_length", "warning", example.source, message, self.split)
             self.findings.add((self.split, "fit"), finding)
         return made.example, made.rendering
@@ -402,7 +410,7 @@ class _Judge:
             if len(made.rendering.ids) >= MIN_PRETRAINING_TOKENS:
                 return None
             return "too_short", "warning", f"fewer than {MIN_PRETRAINING_TOKENS} tokens: left out"
-        if not any(made.rendering.mask[1:]):
+        if example.item is None and not any(made.rendering.mask[1:]):
             return "nothing_to_learn", "warning", "the chat template leaves no turn to learn: left out"
         if made.length <= limit:
             return None
@@ -497,7 +505,8 @@ def _alone() -> Iterator[None]:
 class _Kept:
     """Counts the rows that are used: lengths, classes, and the fingerprint of what they say."""
 
-    def __init__(self, max_length: int) -> None:
+    def __init__(self, max_length: int | None) -> None:
+        """`max_length` is where texts are cut in pieces; None where each row is one sequence."""
         self.max_length = max_length
         self.totals, self.answers = array("i"), array("i")
         self.labels: Counter[str | None] = Counter()
@@ -514,7 +523,7 @@ class _Kept:
         totals = np.array(self.totals, dtype=np.int64)
         return {
             "used": len(totals),
-            "sequences": int(_num_pieces(totals, self.max_length).sum()),
+            "sequences": len(totals) if self.max_length is None else int(_num_pieces(totals, self.max_length).sum()),
             "tokens": {
                 "total": _distribution(totals),
                 "answer": _distribution(np.array(self.answers)),

@@ -9,15 +9,17 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from tunewright import chat
+from tunewright import chat, expressions
 from tunewright.chat import Example, Message, ToolCall
 from tunewright.data import sources
 from tunewright.data.sources import Row
 from tunewright.errors import DataError
-from tunewright.recipe import SHAPES, Recipe
+from tunewright.recipe import SHAPES, Recipe, item_places
 
 CHAT_SHAPES = (("messages",), ("prompt", "completion"), ("instruction", "response"), ("instruction", "output"))
 """Columns that are recognised for task: chat when the recipe names none."""
+PAIR_SHAPES = (("input", "preferred_output", "non_preferred_output"), ("prompt", "chosen", "rejected"))
+"""As CHAT_SHAPES, for task: preference. Two whole conversations in `chosen` and `rejected` hold the prompt."""
 LOOKED_AT = 1000
 """Rows among which the columns must turn up."""
 
@@ -78,6 +80,13 @@ def _shape(recipe: Recipe, first: Row, classes: Sequence[str] | None) -> Shape:
         case "chat":
             columns = _chat_columns(recipe, first)
             reader = lambda row: _conversation(row, columns, data.system)  # noqa: E731
+        case "preference":
+            columns = _pair_columns(recipe, first)
+            reader = lambda row: _pair(row, columns, data.system)  # noqa: E731
+        case "reward":
+            columns = _prompt_columns(recipe, first)
+            places = item_places(recipe.grader) if recipe.grader else []
+            reader = lambda row: _asked(row, columns, data.system, places)  # noqa: E731
     for part, column in columns.items():
         if column not in first.fields and (part != "input" or data.input is not None):
             _missing(first, part, column)
@@ -91,7 +100,7 @@ def _chat_columns(recipe: Recipe, first: Row) -> dict[str, str]:
         for part in ("messages", "prompt", "completion", "instruction", "input", "response")
         if (column := getattr(data, part)) is not None
     }
-    for shape in SHAPES:
+    for shape in SHAPES["chat"]:
         if any(part in named for part in shape):
             return {part: named.get(part, part) for part in shape}
     for columns in CHAT_SHAPES:
@@ -102,6 +111,42 @@ def _chat_columns(recipe: Recipe, first: Row) -> dict[str, str]:
     raise DataError(
         f"{first.where}: columns {', '.join(map(repr, first.fields))}: task: chat needs `messages`, or `prompt` and "
         "`completion`, or `instruction` and `response`; name yours in the recipe, such as data.prompt: question"
+    )
+
+
+def _pair_columns(recipe: Recipe, first: Row) -> dict[str, str]:
+    """Part -> column; no `prompt` where the answers are whole conversations."""
+    data = recipe.data
+    for shape in SHAPES["preference"]:
+        named = {part: column for part in shape if (column := getattr(data, part)) is not None}
+        if named:
+            columns = {part: named.get(part, part) for part in shape}
+            if shape[0] == "prompt" and "prompt" not in named and "prompt" not in first.fields:
+                del columns["prompt"]
+            return columns
+    for shape in PAIR_SHAPES:
+        if all(column in first.fields for column in shape):
+            return {column: column for column in shape}
+    if all(isinstance(first.fields.get(column), list) for column in ("chosen", "rejected")):
+        return {"chosen": "chosen", "rejected": "rejected"}
+    raise DataError(
+        f"{first.where}: columns {', '.join(map(repr, first.fields))}: task: preference needs `prompt`, `chosen` and "
+        "`rejected`, or OpenAI's `input`, `preferred_output` and `non_preferred_output`; name yours in the recipe, "
+        "such as data.chosen: better"
+    )
+
+
+def _prompt_columns(recipe: Recipe, first: Row) -> dict[str, str]:
+    data = recipe.data
+    for (part,) in SHAPES["reward"]:
+        if (column := getattr(data, part)) is not None:
+            return {part: column}
+    for (part,) in SHAPES["reward"]:
+        if part in first.fields:
+            return {part: part}
+    raise DataError(
+        f"{first.where}: columns {', '.join(map(repr, first.fields))}: task: reward needs `messages` that end with the "
+        "user's, or `prompt`; name yours in the recipe, such as data.prompt: question"
     )
 
 
@@ -207,8 +252,91 @@ def _json(text: str, what: str) -> Any:
         raise Unusable("messages", f"{what}: not JSON ({error}): {text[:60]!r}") from None
 
 
-def _messages(row: Row, column: str, tools: Sequence[dict[str, Any]]) -> tuple[Message, ...]:
-    given = _field(row, column)
+def _pair(row: Row, columns: dict[str, str], system: str | None) -> Example:
+    """A prompt with its better answer, and the worse one."""
+    better, worse = ("preferred_output", "non_preferred_output") if "input" in columns else ("chosen", "rejected")
+    prompt: tuple[Message, ...] | None = None
+    if "input" in columns:
+        given = _field(row, columns["input"])
+        if not isinstance(given, dict) or "messages" not in given:
+            raise Unusable("wrong_type", f"column {columns['input']!r} is not an object with `messages`")
+        if given.get("tools"):
+            raise Unusable("messages", f"column {columns['input']!r} has tools; pairs are learnt without")
+        prompt = _messages(row, columns["input"], given=given["messages"])
+    elif "prompt" in columns:
+        prompt = _prompt(row, columns["prompt"])
+    before, chosen = _answer(row, columns[better], prompt)
+    other, rejected = _answer(row, columns[worse], prompt)
+    if before != other:
+        raise Unusable("prompts_differ", f"{columns[better]!r} and {columns[worse]!r} answer different prompts")
+    messages = _with_system((*before, Message("assistant", chosen)), system)
+    try:
+        chat.check_messages(messages, "")
+    except DataError as error:
+        raise Unusable("messages", str(error).removeprefix(": ")) from None
+    if chosen.strip() == rejected.strip():
+        raise Unusable("same_answers", "the better answer and the worse one are the same", severity="warning")
+    return Example(row.where, row.where, messages, rejected=rejected)
+
+
+def _answer(row: Row, column: str, prompt: tuple[Message, ...] | None) -> tuple[tuple[Message, ...], str]:
+    """What an answer answers, and the answer: a text, or messages of which the last is the assistant's.
+
+    Of several messages those before the last are the prompt; where there is one already, they repeat it.
+    """
+    if prompt is not None and isinstance(_field(row, column), str | None):
+        return prompt, _string(row, column, "empty_answer")
+    messages = _messages(row, column)
+    if not messages or messages[-1].role != "assistant":
+        raise Unusable("messages", f"column {column!r} does not end with a message from 'assistant'")
+    if not messages[-1].content.strip():
+        raise Unusable("empty_answer", f"the answer in column {column!r} is empty", severity="warning")
+    before = messages[:-1]
+    if prompt is None:
+        return before, messages[-1].content
+    if before and before != prompt:
+        raise Unusable("messages", f"column {column!r} holds {len(messages)} messages; it takes one answer")
+    return prompt, messages[-1].content
+
+
+def _asked(row: Row, columns: dict[str, str], system: str | None, places: Sequence[expressions.Place]) -> Example:
+    """A prompt, and the row for the grader."""
+    ((part, column),) = columns.items()
+    messages = _with_system(_messages(row, column) if part == "messages" else _prompt(row, column), system)
+    if not messages:
+        raise Unusable("messages", f"column {column!r} is empty; there is nothing to answer")
+    if messages[-1].role == "assistant":
+        raise Unusable(
+            "messages",
+            "the last message is from 'assistant'; task: reward needs a prompt, which ends with the user's message "
+            "(what is expected goes into a column of its own, for the grader)",
+        )
+    for message in messages:
+        if message.role not in chat.ROLES:
+            raise Unusable("messages", f"unknown role {message.role!r}; known: {', '.join(chat.ROLES)}")
+    item: dict[str, Any] = json.loads(json.dumps(row.fields, default=str))
+    for place in places:
+        try:
+            expressions.look_up(item, place)
+        except LookupError:
+            raise Unusable(
+                "missing_column",
+                f"the grader reads item.{expressions.spelled(place)}, which the row lacks; columns here: "
+                f"{', '.join(map(repr, row.fields))}",
+            ) from None
+    return Example(row.where, row.where, messages, item=item)
+
+
+def _prompt(row: Row, column: str) -> tuple[Message, ...]:
+    """A prompt that is a text, or messages."""
+    if isinstance(_field(row, column), list):
+        return _messages(row, column)
+    return (Message("user", _string(row, column, "empty_prompt")),)
+
+
+def _messages(row: Row, column: str, tools: Sequence[dict[str, Any]] = (), given: Any = None) -> tuple[Message, ...]:
+    """The messages in a column, or in what was `given` from it."""
+    given = _field(row, column) if given is None else given
     if not isinstance(given, list):
         raise Unusable("wrong_type", f"column {column!r} is {sources.kind(given)}, not a list of messages")
     messages = []

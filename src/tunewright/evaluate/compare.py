@@ -12,7 +12,16 @@ from typing import Any
 import numpy as np
 
 LEVEL = 0.95
-LARGER_IS_BETTER = {"accuracy": True, "f1_macro": True, "exact_match": True, "rouge_l": True, "loss": False}
+LARGER_IS_BETTER = {
+    "accuracy": True,
+    "f1_macro": True,
+    "exact_match": True,
+    "rouge_l": True,
+    "loss": False,
+    "reward_margin": True,
+    "preference_accuracy": True,
+    "reward": True,
+}
 PERMUTATIONS = 10_000
 AT_ONCE = 200
 """Permutations held in memory together."""

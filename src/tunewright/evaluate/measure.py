@@ -11,11 +11,12 @@ from typing import Any
 
 import numpy as np
 
-from tunewright import chat, models
+from tunewright import chat, graders, models
 from tunewright.chat import Example, Rendering
 from tunewright.data import prepare
 from tunewright.evaluate import baselines, compare, metrics, report
 from tunewright.generate import LocalCompleter
+from tunewright.graders import Answer
 from tunewright.models import ModelRef
 from tunewright.recipe import Recipe
 from tunewright.run import Run, now, write_json, write_text
@@ -25,8 +26,14 @@ INTERVALS = {
     "classification": ("accuracy", "f1_macro"),
     "chat": ("rouge_l", "exact_match", "loss"),
     "pretraining": ("loss",),
+    "preference": ("reward_margin", "preference_accuracy", "reward_accuracy", "loss"),
+    "reward": ("reward",),
 }
+MEANS = ("exact_match", "rouge_l", "reward_margin", "preference_accuracy", "reward_accuracy", "reward")
+"""Metrics that are means over the rows."""
 NUM_EXAMPLES = 12
+PER_ROW = ("prompt_tokens", "chosen_logp", "rejected_logp", "chosen_tokens", "rejected_tokens")
+"""What else is written for each row."""
 Answers = dict[str, dict[str, Any]]
 """Model -> what it answered, column by column (one value for each row)."""
 
@@ -39,7 +46,7 @@ def evaluate(run: Run, tracker: Tracker) -> None:
     labels: list[str] | None = checks["labels"]
     answers = _answers(run, recipe, test, labels)
     measured = _measure(recipe, test, answers, labels)
-    _write_predictions(run, test, answers, labels)
+    _write_predictions(run, recipe, test, answers, labels)
     body = _report(run, recipe, checks, test, answers, labels, measured)
     write_text(run.report_page, report.render_html(body))
     write_text(run.report_text, report.render_markdown(body))
@@ -93,6 +100,8 @@ def _answers(run: Run, recipe: Recipe, test: Sequence[Example], labels: list[str
         completer = LocalCompleter(model, tokenizer, equipment, batch_rows=recipe.evaluate.batch_size)
         rows = _with_shots(run, recipe, train, test, tokenizer, labels) if name == "few-shot" else list(test)
         answers[name] = _ask(recipe, completer, rows, labels, run.resolved()["max_length"], progress)
+    if recipe.task == "preference":
+        _compare_with_base(answers, recipe.train.dpo.beta)
     if labels is not None:
         if "tfidf" in recipe.baselines:
             predicted, probabilities = baselines.tfidf(train, test, labels, recipe.evaluate.seed)
@@ -122,13 +131,17 @@ def _ask(
         }
     if recipe.task == "pretraining":
         return {"losses": _piecewise(completer, test, max_length, progress)}
+    if recipe.task == "preference":
+        return _weigh(completer, test, progress)
+    if recipe.task == "reward":
+        return _graded(recipe, completer, test, progress)
     steps = 2 * len(test)
     turns = [_last_turn(tokenizer, example) for example in test]
     losses = completer.losses(turns, progress=lambda done, _: progress(done, steps))
     prompts = [chat.render_prompt(tokenizer, example.prompt, example.tools) for example in test]
     said = completer.generate(
         prompts,
-        max_new_tokens=recipe.evaluate.max_new_tokens,
+        max_new_tokens=recipe.max_new_tokens,
         progress=lambda done, _: progress(len(test) + done, steps),
     )
     truth = [_written(completer, example, turn) for example, turn in zip(test, turns, strict=True)]
@@ -138,6 +151,50 @@ def _ask(
         "losses": losses,
         "exact_match": metrics.exact_match(said, truth),
         "rouge_l": metrics.rouge_l(said, truth),
+    }
+
+
+def _weigh(completer: LocalCompleter, test: Sequence[Example], progress: Callable[[int, int], None]) -> dict[str, Any]:
+    """Log-probabilities (nats) of the better and of the worse answer, summed over the answer and its end of turn."""
+    renderings = [both for example in test for both in chat.render_pair(completer.tokenizer, example).renderings()]
+    losses = completer.losses(renderings, progress=lambda done, total: progress(done * len(test) // total, len(test)))
+    logps = [-loss for loss, _ in losses]
+    both = list(zip(logps[::2], logps[1::2], strict=True))
+    return {
+        "losses": losses[::2],
+        "chosen_logp": logps[::2],
+        "rejected_logp": logps[1::2],
+        "chosen_tokens": [count for _, count in losses[::2]],
+        "rejected_tokens": [count for _, count in losses[1::2]],
+        "preference_accuracy": metrics.prefers(both),
+    }
+
+
+def _compare_with_base(answers: Answers, beta: float) -> None:
+    """Add the implicit rewards, which are measured against the base: its own are 0, so it ranks no pair by them."""
+    pairs = {name: list(zip(said["chosen_logp"], said["rejected_logp"], strict=True)) for name, said in answers.items()}
+    for name, said in answers.items():
+        said["reward_margin"] = metrics.margins(pairs[name], pairs["base"], beta)
+        if name != "base":
+            said["reward_accuracy"] = metrics.prefers([(margin, 0.0) for margin in said["reward_margin"]])
+
+
+def _graded(
+    recipe: Recipe, completer: LocalCompleter, test: Sequence[Example], progress: Callable[[int, int], None]
+) -> dict[str, Any]:
+    """Greedy answers, and what the recipe's grader says they are worth."""
+    prompts = [chat.render_prompt(completer.tokenizer, example.prompt) for example in test]
+    said = completer.generate(prompts, max_new_tokens=recipe.max_new_tokens, progress=progress)
+    assert recipe.grader is not None
+    with graders.opened(recipe.grader) as grading:
+        grades = grading.score(
+            [Answer(text, example.item or {}, example.source) for text, example in zip(said, test, strict=True)]
+        )
+    return {
+        "prediction": said,
+        "prompt_tokens": [len(prompt) for prompt in prompts],
+        "reward": [grade.score for grade in grades],
+        **{f"reward.{name}": [grade.parts[name] for grade in grades] for name in grades[0].parts},
     }
 
 
@@ -206,12 +263,15 @@ def _measure(recipe: Recipe, test: Sequence[Example], answers: Answers, labels: 
         elif recipe.task == "pretraining":
             values = metrics.text(said["losses"], sum(len(str(example.text).encode()) for example in test))
         else:
-            values = {key: float(np.mean(said[key])) for key in ("exact_match", "rouge_l")}
-            values |= metrics.text(said["losses"])
+            values = {key: float(np.mean(said[key])) for key in MEANS if key in said}
+            values |= {key: float(np.mean(said[key])) for key in said if key.startswith("reward.")}
+            if "losses" in said:
+                values |= metrics.text(said["losses"])
         measured["models"][name] = values
         measured["intervals"][name] = {
             metric: compare.interval(_statistic(metric, said, test, labels), rows, **options)
             for metric in INTERVALS[recipe.task]
+            if metric in values
         }
     for name in answers:
         if name == "tuned":
@@ -273,6 +333,8 @@ def _test(
 ) -> tuple[float, str]:
     if metric == "accuracy":
         return compare.mcnemar(_right(tuned, test), _right(other, test)), "McNemar exact"
+    if metric == "preference_accuracy" and not any(0.5 in said[metric] for said in (tuned, other)):
+        return compare.mcnemar(np.asarray(tuned[metric]) == 1, np.asarray(other[metric]) == 1), "McNemar exact"
     if metric == "f1_macro":
         truth = _places([str(example.label) for example in test], labels)
         said, instead = (_places(answers["prediction"], labels) for answers in (tuned, other))
@@ -293,8 +355,18 @@ def _right(said: dict[str, Any], test: Sequence[Example]) -> Any:
     return np.array([word == example.label for word, example in zip(said["prediction"], test, strict=True)])
 
 
-def _write_predictions(run: Run, test: Sequence[Example], answers: Answers, labels: list[str] | None) -> None:
-    """One row for each test row and model: model, id, label, prediction, probabilities (in the labels' order)."""
+def _expected(example: Example, labels: list[str] | None) -> str | None:
+    """What a row says is right: its class, its text, its (better) answer; None where a grader decides."""
+    if labels is not None:
+        return example.label
+    return None if example.item is not None else example.text or example.answer
+
+
+def _write_predictions(
+    run: Run, recipe: Recipe, test: Sequence[Example], answers: Answers, labels: list[str] | None
+) -> None:
+    """One row for each test row and model: model, id, label, prediction, probabilities (in the labels' order), and
+    what else the task's metrics are computed from."""
     import pandas as pd
 
     frames = []
@@ -302,7 +374,7 @@ def _write_predictions(run: Run, test: Sequence[Example], answers: Answers, labe
         columns: dict[str, Any] = {
             "model": name,
             "id": [example.id for example in test],
-            "label": [example.label if labels is not None else (example.text or example.answer) for example in test],
+            "label": [_expected(example, labels) for example in test],
         }
         if "prediction" in said:
             columns["prediction"] = said["prediction"]
@@ -314,9 +386,11 @@ def _write_predictions(run: Run, test: Sequence[Example], answers: Answers, labe
         if "losses" in said:
             columns["loss_sum"] = [loss for loss, _ in said["losses"]]
             columns["tokens"] = [count for _, count in said["losses"]]
-        for key in ("prompt_tokens", "exact_match", "rouge_l"):
-            if key in said:
+        for key in said:
+            if key in (*PER_ROW, *MEANS) or key.startswith("reward."):
                 columns[key] = said[key]
+        if recipe.task == "preference":
+            columns["rejected"] = [example.rejected for example in test]
         frames.append(pd.DataFrame(columns))
     run.predictions_file.parent.mkdir(parents=True, exist_ok=True)
     whole = pd.concat(frames, ignore_index=True)
@@ -339,6 +413,7 @@ def _report(
     wanted = recipe.evaluate.must_beat or "base"
     comparison = next(one for one in measured["comparisons"] if one["baseline"] == wanted)
     log = run.metrics()
+    drawn = "reward" if recipe.task == "reward" else "loss"  # GRPO's loss is about 0 however well it goes
     where = f"{run.path.parent.name}/{run.id}"
     body: dict[str, Any] = {
         "schema": 1,
@@ -353,7 +428,7 @@ def _report(
         "comparison": comparison,
         "comparisons": measured["comparisons"],
         "must_beat": recipe.evaluate.must_beat,
-        "examples": _examples(test, answers, labels) if "prediction" in answers["tuned"] else [],
+        "examples": _examples(recipe, test, answers, labels) if recipe.task != "pretraining" else [],
         "training": {
             key: trained[key]
             for key in (
@@ -369,7 +444,8 @@ def _report(
             )
         }
         | {
-            "curve": [[entry["step"], entry["loss"]] for entry in log if "loss" in entry],
+            "curve": [[entry["step"], entry[drawn]] for entry in log if drawn in entry],
+            "curve_of": drawn,
             "validation_curve": [[entry["step"], entry["eval_loss"]] for entry in log if "eval_loss" in entry],
         },
         "data": {split: checks["splits"][split] for split in ("train", "test")}
@@ -393,11 +469,18 @@ def _gravest(findings: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return sorted(findings, key=lambda finding: ("error", "warning", "info").index(finding["severity"]))
 
 
-def _examples(test: Sequence[Example], answers: Answers, labels: list[str] | None) -> list[dict[str, Any]]:
+def _examples(
+    recipe: Recipe, test: Sequence[Example], answers: Answers, labels: list[str] | None
+) -> list[dict[str, Any]]:
     """A few rows for a person: where tuned is right and base wrong, where tuned is wrong, and both right."""
     tuned, base = answers["tuned"], answers["base"]
     if labels is not None:
         good, was_good = _right(tuned, test), _right(base, test)
+    elif recipe.task == "preference":
+        good, was_good = (np.asarray(said["preference_accuracy"]) == 1 for said in (tuned, base))
+    elif recipe.task == "reward":
+        good = np.asarray(tuned["reward"]) >= np.asarray(base["reward"])
+        was_good = ~(np.asarray(tuned["reward"]) > np.asarray(base["reward"]))
     else:
         good = np.asarray(tuned["rouge_l"]) >= np.asarray(base["rouge_l"])
         was_good = ~good
@@ -412,12 +495,28 @@ def _examples(test: Sequence[Example], answers: Answers, labels: list[str] | Non
             "id": example.id,
             "source": example.source,
             "text": "\n\n".join(message.content for message in example.prompt),
-            "label": example.label if labels is not None else example.answer,
-            "tuned": tuned["prediction"][row],
-            "base": base["prediction"][row],
+            "label": _expected(example, labels),
         }
+        if recipe.task == "preference":
+            shown |= {
+                "rejected": example.rejected,
+                "tuned_correct": bool(good[row]),
+                "base_correct": bool(was_good[row]),
+            }
+            shown |= {name: _leaning(said, row) for name, said in (("tuned", tuned), ("base", base))}
+        else:
+            shown |= {"tuned": tuned["prediction"][row], "base": base["prediction"][row]}
+        if recipe.task == "reward":
+            shown |= {"tuned_reward": tuned["reward"][row], "base_reward": base["reward"][row]}
         if labels is not None:
             shown |= {"tuned_correct": bool(good[row]), "base_correct": bool(was_good[row])}
             shown["confidence"] = float(np.max(tuned["probabilities"][row]))
         rows.append(shown)
     return rows
+
+
+def _leaning(said: dict[str, Any], row: int) -> str:
+    """Which of two answers a model finds the more probable, in words."""
+    difference = said["chosen_logp"][row] - said["rejected_logp"][row]
+    which = "better" if difference > 0 else "worse"
+    return f"the {which} answer is the more probable one, by {abs(difference):.2f} nats"

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
+from tunewright import graders
+
 BINS = 10
 """Equal-width bins of confidence for calibration."""
-WORD = re.compile(r"[\u3040-\u30ff\u3400-\u9fff]|[^\W_\u3040-\u30ff\u3400-\u9fff]+")
-"""A word for ROUGE: a run of letters and digits of any script; Chinese and Japanese characters one by one."""
 
 
 def classification(
@@ -90,23 +89,29 @@ def exact_match(answers: Sequence[str], truths: Sequence[str]) -> list[float]:
 
 
 def rouge_l(answers: Sequence[str], truths: Sequence[str]) -> list[float]:
-    """F-measure of the longest common subsequence of words, per row (Lin, 2004; the rouge_score library).
+    """F-measure of the longest common subsequence of words, per row (Lin, 2004; the rouge_score library)."""
+    return [graders.rouge(answer, truth, "rougeL") for answer, truth in zip(answers, truths, strict=True)]
 
-    The library's own words are those of a-z and 0-9 alone; ours are the same there, and are found in every script.
+
+def margins(tuned: Sequence[tuple[float, float]], base: Sequence[tuple[float, float]], beta: float) -> list[float]:
+    """For each pair, by how much the implicit reward of the better answer is above that of the worse one.
+
+    An answer's implicit reward is beta times its log-probability under the model less that under the base (Rafailov et
+    al., 2023, equation 5, less a part that is the same for all answers to a prompt), so the base's own margins are 0.
+
+    Args:
+        tuned: log-probabilities (nats) of the better and of the worse answer, summed over their tokens.
+        base: as `tuned`, under the base.
     """
-    from rouge_score.rouge_scorer import RougeScorer
-
-    scorer = RougeScorer(["rougeL"], tokenizer=_Words())
     return [
-        float(scorer.score(truth, answer)["rougeL"].fmeasure) for answer, truth in zip(answers, truths, strict=True)
+        beta * ((chosen - base_chosen) - (rejected - base_rejected))
+        for (chosen, rejected), (base_chosen, base_rejected) in zip(tuned, base, strict=True)
     ]
 
 
-class _Words:
-    """What the rouge_score library takes as a tokenizer."""
-
-    def tokenize(self, text: str) -> list[str]:
-        return WORD.findall(text.lower())
+def prefers(pairs: Sequence[tuple[float, float]]) -> list[float]:
+    """1 for each pair whose better answer is the more probable one, 0.5 for a tie, else 0."""
+    return [0.5 * (1.0 + np.sign(chosen - rejected)) for chosen, rejected in pairs]
 
 
 def text(losses: Sequence[tuple[float, int]], num_bytes: int | None = None) -> dict[str, Any]:

@@ -44,6 +44,10 @@ NAMES = {
     "f1_weighted": "F1 (weighted)",
     "exact_match": "exact match",
     "rouge_l": "ROUGE-L",
+    "reward": "reward",
+    "reward_margin": "reward margin",
+    "reward_accuracy": "reward accuracy",
+    "preference_accuracy": "preference accuracy",
     "loss": "loss",
     "perplexity": "perplexity",
     "bits_per_byte": "bits per byte",
@@ -152,6 +156,12 @@ def _means_better(report: Report, comparison: Report, the: str) -> tuple[str, li
         pair = [models.get(name, {}).get("perplexity") for name in ("tuned", comparison["baseline"])]
         both = f" (perplexity {_show(pair[0], 'perplexity')} vs {_show(pair[1], 'perplexity')})" if all(pair) else ""
         gain = f"it predicts the text better than {the}{both}"
+    elif comparison["metric"] == "reward_margin":
+        gain = "it has moved towards the better answers and away from the worse ones"
+    elif comparison["metric"] == "preference_accuracy":
+        gain = f"it finds the better of two answers more probable more often than {the}"
+    elif comparison["metric"] == "reward":
+        gain = f"the grader gives its answers more than those of {the}"
     elif comparison["metric"] == "f1_macro":
         gain = f"it tells the classes apart better than {the}, each class counting the same"
     else:
@@ -173,7 +183,11 @@ def _means_not_better(report: Report, comparison: Report, the: str) -> tuple[str
     if (report.get("data") or {}).get("findings"):
         steps.append("Look at the findings in the data: wrong or cut rows teach wrong answers.")
     if (report.get("training") or {}).get("curve"):
-        steps.append("Look at the loss curve: if it does not fall, or jumps, try a lower learning rate.")
+        steps.append(
+            "Look at the curve of the reward: if it does not rise, try a higher learning rate, or more generations."
+            if report["training"].get("curve_of") == "reward"
+            else "Look at the loss curve: if it does not fall, or jumps, try a lower learning rate."
+        )
     return meaning, [*steps, "Then train on more rows, or on cleaner ones, and compare again."]
 
 
@@ -211,7 +225,14 @@ def _cautions(report: Report) -> list[str]:
     training = report.get("training") or {}
     lost = [step for step, loss in training.get("curve") or [] if not _finite(loss)]
     if lost:
-        found.append(f"The training loss was not a finite number at {len(lost):,} logged steps (first: {lost[0]:,}).")
+        of = training.get("curve_of", "loss")
+        found.append(f"The training {of} was not a finite number at {len(lost):,} logged steps (first: {lost[0]:,}).")
+    before = report["models"].get("base", {}).get("loss")
+    if report["task"] == "preference" and _finite(tuned.get("loss")) and _finite(before) and tuned["loss"] > before:
+        found.append(
+            f"The better answers themselves became less probable (loss {_number(tuned['loss'], 3)}, base "
+            f"{_number(before, 3)}): the margin grew because the worse ones fell further. Read what it says now."
+        )
     checked = [(loss, step) for step, loss in training.get("validation_curve") or [] if _finite(loss)]
     if checked and checked[-1][0] > 1.01 * min(checked)[0]:
         found.append(f"The validation loss was lowest at step {min(checked)[1]:,} and rose after it: try fewer epochs.")
@@ -466,11 +487,11 @@ def _training(training: dict[str, Any]) -> dict[str, Any]:
             ("Device", training["device"]),
             ("Final loss", _show(training["final_loss"], "loss")),
         ],
-        "curve": _curve(training["curve"], training.get("validation_curve") or []),
+        "curve": _curve(training["curve"], training.get("validation_curve") or [], training.get("curve_of", "loss")),
     }
 
 
-def _curve(training: list[list[float]], validation: list[list[float]]) -> dict[str, Any] | None:
+def _curve(training: list[list[float]], validation: list[list[float]], of: str) -> dict[str, Any] | None:
     known = [(step, loss) for step, loss in training if _finite(loss)]
     checked = [(step, loss) for step, loss in validation if _finite(loss)]
     if len(known) < 2:
@@ -493,9 +514,10 @@ def _curve(training: list[list[float]], validation: list[list[float]]) -> dict[s
     spans = [(max(0, index - window), min(len(known), index + window + 1)) for index in range(len(known))]
     means = [(sums[end] - sums[start]) / (end - start) for start, end in spans]
     (first, start), (last, end) = known[0], known[-1]
-    told = f"Training loss from {start:.3f} at step {first:,} to {end:.3f} at step {last:,}"
+    told = f"Training {of} from {start:.3f} at step {first:,} to {end:.3f} at step {last:,}"
     told += f"; lowest validation loss {min(loss for _, loss in checked):.3f}." if checked else "."
     return {
+        "of": of,
         "raw": path(training),
         "smooth": path([(step, mean) for (step, _), mean in zip(known, means, strict=True)]) if window else None,
         "window": 2 * window + 1,

@@ -74,12 +74,22 @@ def card(run: Run, recipe: Recipe) -> str:
     return "\n".join(lines) + "\n"
 
 
+COLUMNS = (
+    "accuracy",
+    "f1_macro",
+    "exact_match",
+    "rouge_l",
+    "reward",
+    "reward_margin",
+    "reward_accuracy",
+    "preference_accuracy",
+    "loss",
+    "perplexity",
+)
+
+
 def _table(report: dict[str, Any]) -> list[str]:
-    columns = [
-        key
-        for key in ("accuracy", "f1_macro", "exact_match", "rouge_l", "loss", "perplexity")
-        if key in report["models"]["tuned"]
-    ]
+    columns = [key for key in COLUMNS if key in report["models"]["tuned"]]
     rows = [f"| model | {' | '.join(columns)} |", f"| --- |{' ---: |' * len(columns)}"]
     for name, values in report["models"].items():
         cells = (f"{values[key]:.4f}" if values.get(key) is not None else "" for key in columns)

@@ -137,7 +137,9 @@ def _prompts(tokenizer: Any, test: Sequence[Example]) -> list[list[int]]:
 
 def _conversations(tokenizer: Any, test: Sequence[Example]) -> list[Sequence[Message] | Example]:
     """What the golden ids are of: the first test rows, and plain ones that the template takes."""
-    kept: list[Sequence[Message] | Example] = [example for example in test[:4] if example.messages]
+    kept: list[Sequence[Message] | Example] = [
+        example for example in test[:4] if example.messages and example.item is None
+    ]
     for conversation in PLAIN_CONVERSATIONS:
         try:
             chat.render(tokenizer, conversation)
@@ -156,7 +158,7 @@ def _log(run: Run, recipe: Recipe, tracker: Tracker, labels: list[str] | None) -
     messages = [{"role": "user", "content": "a text"}]
     given = pd.DataFrame({"text": ["a text", None], "messages": [None, messages]})  # either column will do
     gives = pd.DataFrame({"prediction": ["an answer"]} | ({"probability": [0.5]} if labels else {}))
-    params = None if labels else {"max_new_tokens": recipe.evaluate.max_new_tokens}
+    params = None if labels else {"max_new_tokens": recipe.max_new_tokens}
     return tracker.model(
         Path(__file__).with_name("mlflow_model.py"),
         {"model": run.packaged_model, "rendering": run.rendering_file},

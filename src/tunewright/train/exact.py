@@ -40,6 +40,8 @@ OURS = {
     "early_stopping_patience",
     "early_stopping_threshold",
     "lora",
+    "dpo",
+    "grpo",
     "warmup_ratio",
     "save_total_limit",
     "gradient_checkpointing",
@@ -164,6 +166,10 @@ class Exact(Trainer):
     def seconds(self) -> float:
         """Time spent training, in this process and in those before it up to their last checkpoints."""
         return round(time.monotonic() - self.began, 2)
+
+    def tokens_done(self, of_one_epoch: int) -> int:
+        """Tokens that were trained on."""
+        return int(of_one_epoch * (self.state.epoch or 0))
 
     def training_step(self, *given: Any, **options: Any) -> Any:
         loss = super().training_step(*given, **options)
@@ -349,7 +355,7 @@ def _save(
         "steps": trainer.state.global_step,
         "epochs": trainer.state.epoch,
         "examples": len(trainer.train_dataset),
-        "tokens": int(tokens * (trainer.state.epoch or 0)),
+        "tokens": trainer.tokens_done(tokens),
         "seconds": trainer.seconds,
         "resumed_from": resumed.name if resumed else None,
         "device": str(model.device),
