@@ -322,9 +322,9 @@ class Watch(TrainerCallback):
         if not is_first():
             return
         self.shown = time.monotonic()
-        losses = (entry["loss"] for entry in reversed(state.log_history) if "loss" in entry)
-        last = next(losses, None)
-        note = "" if last is None else f"loss {last:.4f}"
+        last = next((entry for entry in reversed(state.log_history) if "loss" in entry), None)
+        key = "reward" if last and "reward" in last else "loss"  # a reward's loss is about 0 all along
+        note = "" if last is None else f"{key} {last[key]:.4f}"
         self.run.set_progress("train", state.global_step, state.max_steps, note)
 
     def _ask(self, *_: Any) -> None:
