@@ -59,7 +59,7 @@ def test_the_design_s_recipe_is_read_as_it_says() -> None:
     recipe = loads(DESIGN)
     assert recipe.data.train == ("imdb:train",)
     assert recipe.data.limit.test == 500
-    assert recipe.train.learning_rate == recipe.learning_rate == 2e-4
+    assert recipe.train.learning_rate == 2e-4
     assert recipe.baselines == ("zero-shot", "few-shot", "tfidf")
     assert recipe.endpoint_name == "imdb"
     assert recipe.registered_name == "imdb-sentiment"
@@ -80,7 +80,7 @@ def test_a_recipe_is_read_from_a_file_with_a_byte_order_mark(tmp_path: Path) -> 
 
 @pytest.mark.parametrize("number", ["1e-4", "1E-4", "1.0e-4", "'1e-4'", "0.0001"])
 def test_a_number_may_be_written_as_people_write_it(number: str) -> None:
-    assert loads(SHORT + f"train: {{learning_rate: {number}}}").learning_rate == 1e-4
+    assert loads(SHORT + f"train: {{learning_rate: {number}}}").train.learning_rate == 1e-4
 
 
 def test_numbers_in_keyword_tables_are_numbers_too() -> None:
@@ -590,8 +590,7 @@ def test_preference_and_reward_have_their_own_metrics_and_small_steps() -> None:
     assert (pairs.metric, prompts.metric) == ("reward_margin", "reward")
     assert pairs.baselines == prompts.baselines == ("zero-shot",)
     assert (pairs.learning_rate, prompts.learning_rate) == (1e-5, 1e-5)
-    assert loads(PAIRS + "train: {method: full}\n").learning_rate == 1e-6
-    assert loads(PROMPTS + "train: {learning_rate: 1e-3}\n").learning_rate == 1e-3
+    assert loads(PROMPTS + "train: {learning_rate: 1e-3}\n").train.learning_rate == 1e-3
     assert (prompts.max_new_tokens, prompts.answer_room, pairs.answer_room) == (128, 128, 0)
     assert loads(PAIRS + "train: {dpo: {loss_type: ipo}}\n").train.dpo.loss_type == ("ipo",)
 

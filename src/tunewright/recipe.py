@@ -1007,11 +1007,6 @@ class Recipe(Section):
         return self.evaluate.metric or METRICS[self.task][0]
 
     @property
-    def learning_rate(self) -> float:
-        given = self.train.learning_rate
-        return given if given is not None else default_rate(self.task, self.train.method)
-
-    @property
     def endpoint_name(self) -> str:
         return self.deploy.name or self.name
 

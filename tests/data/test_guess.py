@@ -242,4 +242,3 @@ def test_pairs_of_answers_are_a_preference(here: Path) -> None:
         recipe = guessed("pairs.jsonl")
         assert recipe.task == "preference"
         assert columns(recipe) == {column: column for column in row}
-        assert recipe.learning_rate == 1e-5

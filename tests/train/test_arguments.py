@@ -14,7 +14,7 @@ from trl import DPOConfig, GRPOConfig
 from tunewright import recipe as recipes
 from tunewright.errors import RecipeError
 from tunewright.recipe import Recipe, Train
-from tunewright.run import Run
+from tunewright.run import Run, write_json
 from tunewright.train import exact
 
 CHANGED: dict[str, Any] = {
@@ -86,7 +86,16 @@ def recipe_of(**train: Any) -> Recipe:
 
 
 def arguments_of(folder: Path, **train: Any) -> TrainingArguments:
-    return exact.arguments(recipe_of(**train), Run(folder), "cpu")
+    return exact.arguments(recipe_of(**train), run_of(folder, **train), "cpu")
+
+
+def run_of(folder: Path, **train: Any) -> Run:
+    """A run whose check has settled what a recipe leaves open."""
+    run, recipe = Run(folder), recipe_of(**train)
+    settled = {"method": recipe.train.method, "bf16": recipe.train.bf16 is True}
+    rate = recipe.train.learning_rate
+    write_json(run.manifest_file("check"), {"train": settled, "learning_rate": 1e-3 if rate is None else rate})
+    return run
 
 
 def plain(value: Any) -> Any:
@@ -128,9 +137,22 @@ def test_keys_of_our_own_are_put_in_their_words(tmp_path: Path) -> None:
     assert get_last_checkpoint(str(tmp_path)) is None
 
 
-@pytest.mark.parametrize(("method", "rate"), [("lora", 2e-4), ("full", 2e-5)])
-def test_the_learning_rate_has_a_default_for_each_method(tmp_path: Path, method: str, rate: float) -> None:
-    assert arguments_of(tmp_path, method=method).learning_rate == rate
+@pytest.mark.parametrize(
+    ("task", "method", "rate"),
+    [
+        ("chat", "lora", 2e-4),
+        ("chat", "qlora", 2e-4),
+        ("chat", "full", 2e-5),
+        ("reward", "lora", 1e-5),
+        ("preference", "full", 1e-6),
+    ],
+)
+def test_the_learning_rate_has_a_default_for_each_task_and_method(task: str, method: str, rate: float) -> None:
+    assert recipes.default_rate(task, method) == rate
+
+
+def test_the_settled_learning_rate_is_the_one_that_trains(tmp_path: Path) -> None:
+    assert arguments_of(tmp_path).learning_rate == 1e-3
 
 
 @pytest.mark.parametrize("key", list(NOT_ON_A_CPU))
@@ -142,10 +164,10 @@ def test_what_this_machine_cannot_do_is_said_before_training(tmp_path: Path, key
 @pytest.mark.parametrize("kind", [DPOConfig, GRPOConfig])
 def test_trls_own_defaults_do_not_come_through(tmp_path: Path, kind: type[TrainingArguments]) -> None:
     """bf16 and gradient checkpointing are on in TRL unless they are refused, and wrong on a CPU."""
-    arguments = exact.arguments(recipe_of(), Run(tmp_path), "cpu", kind, gradient_checkpointing=None)
+    arguments = exact.arguments(recipe_of(), run_of(tmp_path), "cpu", kind, gradient_checkpointing=None)
     assert arguments.bf16 is arguments.activation_checkpointing is False
     assert arguments.logging_steps == Train().logging_steps
     asked = exact.arguments(
-        recipe_of(gradient_checkpointing=True), Run(tmp_path), "cpu", kind, gradient_checkpointing=None
+        recipe_of(gradient_checkpointing=True), run_of(tmp_path), "cpu", kind, gradient_checkpointing=None
     )
     assert asked.activation_checkpointing is True
