@@ -589,7 +589,6 @@ def test_preference_and_reward_have_their_own_metrics_and_small_steps() -> None:
     pairs, prompts = loads(PAIRS), loads(PROMPTS)
     assert (pairs.metric, prompts.metric) == ("reward_margin", "reward")
     assert pairs.baselines == prompts.baselines == ("zero-shot",)
-    assert (pairs.learning_rate, prompts.learning_rate) == (1e-5, 1e-5)
     assert loads(PROMPTS + "train: {learning_rate: 1e-3}\n").train.learning_rate == 1e-3
     assert (prompts.max_new_tokens, prompts.answer_room, pairs.answer_room) == (128, 128, 0)
     assert loads(PAIRS + "train: {dpo: {loss_type: ipo}}\n").train.dpo.loss_type == ("ipo",)

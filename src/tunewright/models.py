@@ -125,9 +125,7 @@ def find_adapter(name: str) -> Path:
     for folder in (given, given / "train" / "adapter", given / "package" / "adapter"):
         if (folder / "adapter_config.json").is_file():
             return folder.absolute()
-    raise ModelError(
-        f"train.adapter: {name} holds no adapter_config.json, and is not the folder of a run with an adapter"
-    )
+    raise ModelError(f"train.adapter: {name} is neither an adapter (adapter_config.json) nor the run of one")
 
 
 def load_in_4_bits(ref: ModelRef) -> Any:
