@@ -357,6 +357,9 @@ class Train(Section):
     grpo: Grpo = Grpo()
     """How to learn from a grader (task: reward)."""
 
+    frozen_layers: int = Field(default=0, ge=0)
+    """The lowest layers that stay as they are, and the embeddings with them. What they make of each row is computed
+    once, without dropout, and kept on disk while training lasts (4 bytes x hidden size x tokens)."""
     tokens_per_forward: int | None = Field(default=None, ge=1)
     """Tokens that one forward and backward takes at most (a longer row goes alone). The rows of a step are spread over
     as many forwards as that needs; the result is the same, the memory is not. Default: 2,048 on a CPU, 16,384 on a
@@ -452,6 +455,9 @@ class Train(Section):
             raise ValueError(
                 "early_stopping_patience stops once the best checkpoint is past; add load_best_model_at_end: true"
             )
+        if self.frozen_layers and (self.adapter is not None or self.neftune_noise_alpha):
+            other = "adapter" if self.adapter is not None else "neftune_noise_alpha"
+            raise ValueError(f"frozen_layers leaves the lower layers alone, and {other} changes them; remove one")
         if self.early_stopping_threshold and not self.early_stopping_patience:
             raise ValueError("early_stopping_threshold does nothing without early_stopping_patience")
         if self.load_best_model_at_end:
@@ -643,8 +649,13 @@ METRICS: dict[str, tuple[str, ...]] = {
 }
 """What can be the verdict's metric for a task; the first is the default."""
 
-NOT_IN_EVERY_TASK: dict[str, tuple[Task, ...]] = {"dpo": ("preference",), "grpo": ("reward",)}
-"""Sections of `train` that one task reads."""
+NOT_IN_EVERY_TASK: dict[str, tuple[Task, ...]] = {
+    "dpo": ("preference",),
+    "grpo": ("reward",),
+    "tokens_per_forward": ("classification", "chat", "pretraining"),
+    "frozen_layers": ("classification", "chat", "pretraining"),
+}
+"""Keys of `train` that some tasks do not read."""
 
 
 def _templated(text: str) -> str:

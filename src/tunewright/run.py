@@ -174,6 +174,11 @@ class Run:
     def manifest_file(self, stage: str) -> Path:
         return self.path / MANIFESTS[stage]
 
+    @property
+    def lower_file(self) -> Path:
+        """What frozen layers make of the training rows, while training lasts."""
+        return self.path / "train" / "lower.npy"
+
     def trained(self, method: str) -> Path:
         """Where training leaves its weights: an adapter or a whole model."""
         return self.path / "train" / ("model" if method == "full" else "adapter")

@@ -35,6 +35,7 @@ OURS = {
     "batch_size",
     "max_length",
     "tokens_per_forward",
+    "frozen_layers",
     "adapter",
     "bf16",
     "early_stopping_patience",

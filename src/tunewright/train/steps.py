@@ -16,13 +16,15 @@ from tunewright import attention
 from tunewright.errors import StageError
 from tunewright.train import losses
 from tunewright.train.assembling import Layout, Row, assemble, into_bins
+from tunewright.train.frozen import Lower
 
 
 class Steps(Trainer):
     """Transformers' Trainer, each of whose batches is all the rows of a step (`assembling.collate`)."""
 
-    def __init__(self, *, layout: Layout, pad_id: int, budget: int, **options: Any) -> None:
-        """`budget` is how many tokens one forward takes at most."""
+    def __init__(self, *, layout: Layout, pad_id: int, budget: int, lower: Lower | None = None, **options: Any) -> None:
+        """`budget` is how many tokens one forward takes at most; `lower` has what frozen layers make of the rows."""
+        self.lower = lower
         self.layout = layout
         self.pad_id = pad_id
         self.budget = budget
@@ -59,7 +61,9 @@ class Steps(Trainer):
             self.at_work = [rows[place] for place in held]
             batch = assemble(self.at_work, self.layout, self.pad_id)
             last = number == len(bins)
-            with contextlib.nullcontext() if last else self.accelerator.no_sync(model):
+            synced = contextlib.nullcontext() if last else self.accelerator.no_sync(model)
+            below = self.lower.of(self.at_work, self.layout) if self.lower else contextlib.nullcontext()
+            with synced, below:
                 total += super().training_step(model, batch, num_items_in_batch)
         self.at_work = list(rows)
         return total

@@ -23,6 +23,7 @@ from tunewright.tracking import Tracker
 from tunewright.train import checkpoints, exact
 from tunewright.train.assembling import LengthGrouped, Rows, collate
 from tunewright.train.exact import Exact
+from tunewright.train.frozen import Lower
 from tunewright.train.steps import Steps, settle
 from tunewright.train.weights import trainable
 
@@ -56,7 +57,13 @@ def fit(run: Run, tracker: Tracker) -> None:
     set_seed(recipe.train.seed)
     model = trainable(run, ref, tokenizer, equipment, device)
     layout = settle(model, len(tokenizer), resolved["max_length"])
+    budget = resolved["train"]["tokens_per_forward"]
     start = exact.begin(run)
+    lower = None
+    if recipe.train.frozen_layers:
+        inner = model.get_base_model() if hasattr(model, "peft_config") else model
+        lower = Lower(inner, recipe.train.frozen_layers, run.lower_file)
+        lower.fill(rows, layout, equipment.pad_id, budget, bf16=resolved["train"]["bf16"])
     if start:
         arguments.eval_on_start = False  # it was measured when the run did start
     arguments.use_cache = getattr(model.config, "use_cache", True)  # else Trainer writes False into what is saved
@@ -72,12 +79,14 @@ def fit(run: Run, tracker: Tracker) -> None:
         tracker=tracker,
         layout=layout,
         pad_id=equipment.pad_id,
-        budget=resolved["train"]["tokens_per_forward"],
+        budget=budget,
+        lower=lower,
         completer=LocalCompleter(model, tokenizer, equipment, batch_rows=recipe.train.per_device_eval_batch_size),
         labels=run.manifest("prepare")["labels"],
         start=start,
     )
     exact.drive(trainer, watch, tokens=int(rows.store.lengths.sum()), layout=layout)
+    run.lower_file.unlink(missing_ok=True)
 
 
 class SupervisedTrainer(Steps, Exact):

@@ -12,6 +12,7 @@ from tunewright.errors import RecipeError
 from tunewright.generate import savable
 from tunewright.models import ModelRef
 from tunewright.run import Run
+from tunewright.train.frozen import freeze
 
 
 def trainable(run: Run, ref: ModelRef, tokenizer: Any, equipment: Equipment, device: str) -> Any:
@@ -24,6 +25,13 @@ def trainable(run: Run, ref: ModelRef, tokenizer: Any, equipment: Equipment, dev
     train = run.recipe().train
     model = models.load_in_4_bits(ref) if run.method == "qlora" else models.load_model(ref, device=device)
     models.grow(model, len(tokenizer))
+    if train.frozen_layers:
+        if equipment.added_tokens:
+            raise RecipeError(
+                f"train.frozen_layers: the base has no token {equipment.added_tokens[0]} yet, and a frozen embedding "
+                "cannot learn it; leave frozen_layers out"
+            )
+        freeze(model, train.frozen_layers)
     if run.method == "full":
         return model.train()
     if train.adapter is not None:
@@ -39,6 +47,7 @@ def trainable(run: Run, ref: ModelRef, tokenizer: Any, equipment: Equipment, dev
         lora_alpha=lora.lora_alpha,
         lora_dropout=lora.lora_dropout,
         target_modules=targets,
+        exclude_modules=_below(train.frozen_layers),
         fan_in_fan_out=False,
         trainable_token_indices=_new_rows(model, tokenizer.convert_tokens_to_ids(equipment.added_tokens)),
     )
@@ -67,6 +76,11 @@ def write_weights(model: Any, folder: Path, state_dict: dict[str, Any] | None = 
 def sha256(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _below(layers: int) -> str | None:
+    """A pattern of the modules in the lowest layers."""
+    return rf".*\.({'|'.join(map(str, range(layers)))})\..*" if layers else None
 
 
 def _earlier(model: Any, adapter: Path) -> Any:
