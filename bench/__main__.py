@@ -7,9 +7,9 @@ import sys
 
 import torch
 
-from bench import preparing, scoring, train
+from bench import accuracy, preparing, scoring, train
 
-BENCHMARKS = {"train": train.main, "scoring": scoring.main, "preparing": preparing.main}
+BENCHMARKS = {"train": train.main, "accuracy": accuracy.main, "scoring": scoring.main, "preparing": preparing.main}
 
 
 def main(names: list[str]) -> None:
