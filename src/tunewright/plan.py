@@ -82,14 +82,16 @@ def _evaluated(recipe: Recipe, resolved: dict[str, Any]) -> int:
 
     Classes: every prompt and, behind it, every node of the label tree that has children; what all prompts begin with is
     counted for each, though it is computed once. Chat: every row for its loss, and its prompt again with an answer of
-    the greatest length. Text: every row.
+    the greatest length. Text and pairs: every row. Reward: every prompt and an answer of the greatest length.
     """
     splits = resolved["data"]
     facts = splits["test"]
     rows, whole = int(facts["used"]), int(facts["tokens"]["sum"])
     models = 2 + ("few-shot" in recipe.baselines)
-    if recipe.task == "pretraining":
+    if recipe.task in ("pretraining", "preference"):
         return whole * models
+    if recipe.task == "reward":
+        return (whole + rows * recipe.max_new_tokens) * models
     prompts = whole - round(facts["tokens"]["answer"]["mean"] * rows)
     if "label_nodes" in facts:
         return int((prompts + rows * facts["label_nodes"]) * models)
