@@ -43,7 +43,7 @@ RIVALS = {
         LAB,
         Rival("naive", loss="all", precision="fp32", model="starter"),
     ),
-    "TRL, its best": (LABEL, Rival("trl", layout="padded", model="starter")),
+    "TRL, its best": (LABEL, Rival("trl", layout="free", model="starter")),
     "tunewright": (LABEL, Rival("tunewright", model="starter")),
 }
 

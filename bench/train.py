@@ -68,16 +68,16 @@ TABLES: dict[str, dict[str, Rival]] = {
     },
     "Label-only loss, all weights": {
         "HF Trainer, group_by_length": Rival("hf"),
-        "TRL, its best": Rival("trl", layout="padded"),
+        "TRL, its best": Rival("trl", layout="free"),
         "tunewright": Rival("tunewright"),
     },
     "Label-only loss, LoRA of rank 16": {
-        "TRL, its best": Rival("trl", "lora", layout="padded"),
+        "TRL, its best": Rival("trl", "lora", layout="free"),
         "tunewright": Rival("tunewright", "lora"),
     },
     "Loss on all tokens, all weights": {
         "HF Trainer, group_by_length": Rival("hf", loss="all"),
-        "TRL, its best": Rival("trl", loss="all", layout="padded"),
+        "TRL, its best": Rival("trl", loss="all", layout="free"),
         "tunewright": Rival("tunewright", loss="all"),
     },
 }
@@ -107,8 +107,6 @@ def main() -> None:
 def measure(rival: Rival) -> dict[str, float]:
     """Seconds and peak memory of one rival in a fresh process, in the environment that it would run in."""
     environment = os.environ | {"OMP_WAIT_POLICY": "PASSIVE", "TOKENIZERS_PARALLELISM": "false"}
-    if rival.engine == "tunewright":
-        environment["MALLOC_MMAP_THRESHOLD_"] = str(2**20)  # as the local backend sets it
     said = subprocess.run(
         [sys.executable, "-W", "ignore", "-m", "bench.train", rival.name],
         env=environment, capture_output=True, text=True, check=False,
@@ -177,10 +175,11 @@ def _trainer(rival: Rival, folder: str) -> Any:
     rows = make_rows(per_step * (rival.steps + 1), model.config.vocab_size)
     if rival.loss == "all":
         rows = [(ids, [True] * len(ids)) for ids, _ in rows]
+    accumulation = 1 if rival.layout == "packed" else max(1, per_step // rival.batch)
     options: dict[str, Any] = {
         "output_dir": folder, "num_train_epochs": 1, "save_strategy": "no", "report_to": "none", "use_cpu": True,
         "logging_strategy": "no", "bf16": rival.precision == "bf16", "disable_tqdm": True, "learning_rate": 1e-5,
-        "per_device_train_batch_size": rival.batch, "gradient_accumulation_steps": max(1, per_step // rival.batch),
+        "per_device_train_batch_size": rival.batch, "gradient_accumulation_steps": accumulation,
     }  # fmt: skip
     if rival.engine == "tunewright":
         return _ours(model, rows, options)
@@ -230,7 +229,8 @@ def _trl(rival: Rival, model: Any, rows: Any, options: dict[str, Any]) -> Any:
     if rival.compact:
         trl.trainer.utils._use_triton = lambda device: True
     arguments = SFTConfig(
-        max_length=1024, gradient_checkpointing=False, completion_only_loss=rival.loss == "label",
+        max_length=1024 if rival.layout == "packed" else None, gradient_checkpointing=False,
+        completion_only_loss=rival.loss == "label",
         packing=rival.layout == "packed", padding_free=rival.layout == "free", shuffle_dataset=False,
         **({} if rival.layout == "packed" else {"train_sampling_strategy": "group_by_length"}),
         **options,
@@ -247,11 +247,14 @@ def _ours(model: Any, rows: Any, options: dict[str, Any]) -> Any:
     from transformers import TrainingArguments
 
     from tunewright.chat import Rendering
+    from tunewright.lean import halve_frozen
     from tunewright.memory import TOKENS_PER_FORWARD
     from tunewright.train.assembling import Rendered, Rows, collate
     from tunewright.train.steps import Steps, settle
 
     layout = settle(model, model.config.vocab_size, 1024)
+    if options["bf16"] and hasattr(model, "peft_config"):
+        halve_frozen(model)
     arguments = TrainingArguments(
         remove_unused_columns=False,
         **options | {"per_device_train_batch_size": EXAMPLES, "gradient_accumulation_steps": 1},

@@ -16,7 +16,7 @@ from typing import Any
 
 import psutil
 
-from tunewright import attention, models
+from tunewright import attention, lean, models
 from tunewright.models import ModelRef
 from tunewright.recipe import Recipe, Train
 
@@ -87,7 +87,9 @@ def estimate(
     weights = sum(weight.numel() for weight in skeleton.parameters())
     trained = weights if method == "full" else adapter_size(skeleton, train)
     held = weights * (0.6 if method == "qlora" else 4) + 12 * trained  # gradient, and AdamW's two moments
-    if bf16:
+    if bf16 and method == "lora":
+        held -= 2 * weights  # kept in bfloat16
+    elif bf16:
         held += 2 * weights  # autocast keeps what it cast until the step is done
     head = HEAD_SLICE
     if method == "full" and (output := skeleton.get_output_embeddings()) is not None:
@@ -200,6 +202,7 @@ def _kept_by(skeleton: Any, length: int) -> int:
     attention.register()
     model = copy.deepcopy(skeleton).train()
     model.set_attn_implementation(attention.FLAT)
+    lean.fuse_gelu(model)
     storages: dict[int, Any] = {}
     own = {weight.untyped_storage()._cdata for weight in model.parameters()}
 

@@ -33,9 +33,6 @@ CANCEL_S = 60
 START_S = 300
 """How long an endpoint has to load its weights."""
 
-OWN_PAGES = 2**20
-"""Bytes from which a child's allocations have memory pages of their own."""
-
 DIRECT = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 """Loopback is never asked through a proxy."""
 STARTED: dict[int, subprocess.Popen[bytes]] = {}
@@ -188,9 +185,7 @@ class LocalBackend:
     def _start(self, stage: str, run: Run, arguments: list[str], **facts: str) -> psutil.Process:
         # Threads that spin while they wait make training several times slower when anything else is busy on the
         # machine (docs/benchmarks.md); sleeping costs next to nothing when nothing else is.
-        # Blocks of the allocator's heap that lie between others are not given back, so a run's memory would grow to
-        # twice what it uses; from this size on each tensor has pages of its own.
-        environment = {"OMP_WAIT_POLICY": "PASSIVE", "MALLOC_MMAP_THRESHOLD_": str(OWN_PAGES)} | dict(os.environ)
+        environment = {"OMP_WAIT_POLICY": "PASSIVE"} | dict(os.environ)
         if self.settings.threads:
             environment |= {
                 "OMP_NUM_THREADS": str(self.settings.threads),

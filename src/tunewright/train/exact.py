@@ -26,6 +26,7 @@ from tunewright.recipe import Recipe
 from tunewright.run import Run, append_json, write_json, write_text
 from tunewright.tracking import Tracker
 from tunewright.train import checkpoints
+from tunewright.train.together import is_first, meet
 from tunewright.train.weights import sha256, write_weights
 
 OURS = {
@@ -66,17 +67,6 @@ def begin(run: Run) -> Path | None:
         run.event("train", "resumed" if start else "started", step=checkpoints.step(start) if start else 0)
     meet()
     return checkpoints.latest(run.checkpoints)
-
-
-def is_first() -> bool:
-    """Whether this is the process that writes, of those that train together."""
-    return not distributed.is_initialized() or distributed.get_rank() == 0
-
-
-def meet() -> None:
-    """Wait until every process that trains along has come here."""
-    if distributed.is_initialized():
-        distributed.barrier()
 
 
 def drive(trainer: Any, watch: Watch, *, tokens: int, **more: Any) -> None:

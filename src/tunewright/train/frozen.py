@@ -17,8 +17,8 @@ import numpy as np
 import torch
 
 from tunewright.errors import RecipeError
-from tunewright.train import exact
 from tunewright.train.assembling import Layout, Row, Rows, assemble, into_bins
+from tunewright.train.together import is_first, meet
 
 
 def freeze(model: Any, layers: int) -> None:
@@ -65,7 +65,7 @@ class Lower:
         self.starts = np.concatenate([[0], np.cumsum(rows.store.lengths)])
         size = self.model.config.get_text_config().hidden_size
         shape = (int(self.starts[-1]), size)
-        if exact.is_first():
+        if is_first():
             kept = np.lib.format.open_memmap(self.path, mode="w+", dtype=np.float32, shape=shape)
             device = self.model.device
             self.model.eval()
@@ -76,7 +76,7 @@ class Lower:
                         kept[self.starts[row.number] : self.starts[row.number + 1]] = hidden_TD.float().cpu().numpy()
             self.model.train()
             kept.flush()
-        exact.meet()
+        meet()
         self.kept = np.load(self.path, mmap_mode="r")
 
     @contextlib.contextmanager

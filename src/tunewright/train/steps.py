@@ -14,6 +14,7 @@ from transformers import Trainer
 
 from tunewright import attention
 from tunewright.errors import StageError
+from tunewright.lean import slim
 from tunewright.train import losses
 from tunewright.train.assembling import Layout, Row, assemble, into_bins
 from tunewright.train.frozen import Lower
@@ -100,6 +101,7 @@ class Steps(Trainer):
 
 def settle(model: Any, vocab_size: int, max_length: int) -> Layout:
     """How this model's batches are laid: the leanest way that gives the loss of its own forward, tried on it."""
+    slim(model, vocab_size)
     inner = model.get_base_model() if hasattr(model, "peft_config") else model
     flat: Layout = "flat" if attention.fits(inner, vocab_size, max_length) else "padded"
     ids = torch.randint(vocab_size, (2, min(12, max_length)), generator=torch.Generator().manual_seed(1)).tolist()

@@ -17,6 +17,7 @@ from tunewright.chat import Rendering
 from tunewright.data import prepare
 from tunewright.errors import DataError
 from tunewright.generate import LocalCompleter
+from tunewright.lean import halve_frozen
 from tunewright.models import ModelRef
 from tunewright.run import Run
 from tunewright.tracking import Tracker
@@ -57,6 +58,8 @@ def fit(run: Run, tracker: Tracker) -> None:
     set_seed(recipe.train.seed)
     model = trainable(run, ref, tokenizer, equipment, device)
     layout = settle(model, len(tokenizer), resolved["max_length"])
+    if resolved["train"]["bf16"] and hasattr(model, "peft_config"):
+        halve_frozen(model)
     budget = resolved["train"]["tokens_per_forward"]
     start = exact.begin(run)
     lower = None
@@ -131,8 +134,9 @@ class SupervisedTrainer(Steps, Exact):
         rows: Rows = eval_dataset or self.eval_dataset
         renderings = [rows.store[row] for row in range(len(rows))]
         self.model.eval()
-        results = self.completer.losses(renderings)
-        accuracy = {} if self.labels is None else {"eval_accuracy": self._accuracy(renderings, self.labels)}
+        with torch.autocast(self.args.device.type, torch.bfloat16, enabled=self.args.bf16):
+            results = self.completer.losses(renderings)
+            accuracy = {} if self.labels is None else {"eval_accuracy": self._accuracy(renderings, self.labels)}
         self.model.train()
         loss = sum(total for total, _ in results) / sum(count for _, count in results)
         self.refuse_nan("validation loss", torch.tensor(loss), self.state.global_step)

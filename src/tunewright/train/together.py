@@ -1,0 +1,18 @@
+"""Several processes that train together: which of them writes, and where they wait for each other. One by itself is the
+first, and waits for nobody.
+"""
+
+from __future__ import annotations
+
+from torch import distributed
+
+
+def is_first() -> bool:
+    """Whether this is the process that writes, of those that train together."""
+    return not distributed.is_initialized() or distributed.get_rank() == 0
+
+
+def meet() -> None:
+    """Wait until every process that trains along has come here."""
+    if distributed.is_initialized():
+        distributed.barrier()
