@@ -18,10 +18,9 @@ import torch
 from transformers import GPT2Config, GPT2LMHeadModel, Trainer, TrainingArguments
 
 from bench.timing import race, table
-from bench.training import padded
-from tunewright.chat import Equipment, Rendering
+from bench.train import padded
+from tunewright.chat import Equipment
 from tunewright.generate import LabelTree, LocalCompleter
-from tunewright.train.assembling import Rows
 
 ROWS, BATCH, SHARED, VOCABULARY, END = 16, 8, 200, 50257, 50256
 LAYERS = 6
@@ -71,9 +70,9 @@ def predict(model: Any, prompts: list[list[int]], *, with_loss: bool) -> list[li
     places cut down to the labels' columns. With the answer in `labels`, as a metric needs it, the model computes a
     loss too."""
     first = [label[0] for label in LABELS]
-    rows = [Rendering([*prompt, *LABELS[0]], [False] * len(prompt) + [True] * 2) for prompt in prompts]
+    rows = [{"input_ids": [*prompt, *LABELS[0]], "labels": [-100] * len(prompt) + LABELS[0]} for prompt in prompts]
 
-    def collate(batch: list[Rendering]) -> dict[str, torch.Tensor]:
+    def collate(batch: list[dict[str, list[int]]]) -> dict[str, torch.Tensor]:
         made = padded(batch)
         if not with_loss:
             del made["labels"]
@@ -88,7 +87,7 @@ def predict(model: Any, prompts: list[list[int]], *, with_loss: bool) -> list[li
             model=model, args=arguments, data_collator=collate,
             preprocess_logits_for_metrics=lambda logits, _labels: logits[:, :, first],
         )  # fmt: skip
-        found = trainer.predict(Rows(rows)).predictions
+        found = trainer.predict(rows).predictions
     return [found[number, len(prompt) - 1].tolist() for number, prompt in enumerate(prompts)]
 
 
