@@ -91,7 +91,8 @@ def test_bfloat16_is_as_asked_and_never_by_itself_for_a_tiny_model(
 
 def model_of(folder: Path, **more: Any) -> Path:
     shape = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
-    config = AutoConfig.for_model("llama", vocab_size=500, max_position_embeddings=1024, **shape | more)
+    shape |= {"vocab_size": 500, "max_position_embeddings": 1024}
+    config = AutoConfig.for_model("llama", **shape | more)
     AutoModelForCausalLM.from_config(config).save_pretrained(str(folder / "model"))
     return folder / "model"
 

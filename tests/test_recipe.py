@@ -173,6 +173,10 @@ def test_what_no_recipe_says_is_named_with_its_line(text: str, said: str) -> Non
         ("train: {metric_for_best_model: eval_f1}", "Input should be 'loss', 'eval_loss', 'accuracy'"),
         ("train: {adapter: runs/a, method: full}", "adapter goes on from an adapter, and method: full has none"),
         ("train: {adapter: runs/a, lora: {r: 4}}", "lora says how a fresh adapter is made, and adapter names one"),
+        (
+            "train: {frozen_layers: 2, adapter: runs/a}",
+            "frozen_layers leaves the lower layers alone, and adapter changes",
+        ),
         ("train: {early_stopping_patience: 2}", "early_stopping_patience needs a validation loss; add eval_strategy"),
         ("train: {eval_strategy: epoch}", "recipe.yaml:5: train.eval_strategy measures the loss on data.validation"),
         ("evaluate:\n  must_beat: few-shot", "recipe.yaml:6: evaluate.must_beat is few-shot, which is not among"),

@@ -41,6 +41,15 @@ def work(model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterat
     made.destroy()
 
 
+@pytest.mark.parametrize(
+    ("task", "said"), [("chat", []), ("preference", ["backend.processes: task: preference trains"])]
+)
+def test_several_processes_are_refused_where_training_has_one(task: str, said: list[str]) -> None:
+    recipe = recipes.Recipe.model_validate({"name": "t", "model": "m", "task": task, "data": {"train": "a.jsonl"}})
+    found = LocalBackend({"processes": 2}).check(recipe, ("train",))
+    assert [problem.message[: len(one)] for problem, one in zip(found, said, strict=True)] == said
+
+
 def endpoint_pid(run: Run) -> int:
     pid: int = read_json(run.job_file("deploy"))["pid"]
     return pid
