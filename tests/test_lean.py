@@ -19,7 +19,10 @@ SMALL: dict[str, Any] = {"vocab_size": 61, "hidden_size": 32, "num_hidden_layers
 
 def model_of(kind: str, *, lora: dict[str, Any] | None = None) -> Any:
     torch.manual_seed(0)
-    more = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0} if kind == "gpt2" else {"intermediate_size": 48}
+    more: dict[str, Any] = {"intermediate_size": 48}
+    if kind == "gpt2":
+        more = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
+    more["tie_word_embeddings"] = True
     config = AutoConfig.for_model(kind, bos_token_id=1, eos_token_id=2, **SMALL | more)
     model = AutoModelForCausalLM.from_config(config)
     if lora is None:
@@ -94,3 +97,11 @@ def test_frozen_weights_in_half_give_the_numbers_of_autocast_bit_for_bit(kind: s
         ours, theirs = gradients(half, ids), gradients(whole, ids)
     for name, grad in ours.items():
         assert torch.equal(grad, theirs[name]), name
+
+
+def test_embeddings_stay_whole_where_the_output_layer_shares_them() -> None:
+    """An adapter that learns a new token wraps both ends, so that neither is the plain layer that it was."""
+    model = model_of("llama", lora={"r": 4, "trainable_token_indices": {"embed_tokens": [60]}})
+    lean.halve_frozen(model)
+    ends = {name: weight.dtype for name, weight in model.named_parameters() if "embed" in name or "lm_head" in name}
+    assert set(ends.values()) == {torch.float32}, ends

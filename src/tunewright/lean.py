@@ -68,15 +68,17 @@ def fuse_gelu(model: Any) -> Callable[[], None] | None:
 def halve_frozen(model: Any) -> None:
     """Keep the weights that are only multiplied with, and not trained, in bfloat16.
 
-    Under autocast each forward would make the very same copies of them again. The output layer stays as it is: it may
-    share its weights with the embeddings.
+    Under autocast each forward would make the very same copies of them again. The embeddings and the output layer,
+    which may share their weights, stay as they are.
     """
-    output = model.get_output_embeddings()
+    ends = (model.get_input_embeddings(), model.get_output_embeddings())
+    spared = {id(weight) for end in ends if end is not None for weight in end.parameters()}
     for module in model.modules():
-        if module is output or not isinstance(module, torch.nn.Linear | Conv1D) or module.weight.requires_grad:
+        if not isinstance(module, torch.nn.Linear | Conv1D) or module.weight.requires_grad:
             continue
         for weight in module.parameters(recurse=False):
-            weight.data = weight.data.to(torch.bfloat16)
+            if id(weight) not in spared:
+                weight.data = weight.data.to(torch.bfloat16)
 
 
 def _lean_lora(model: Any) -> Callable[[], None] | None:

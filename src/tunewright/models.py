@@ -173,6 +173,12 @@ def grow(model: Any, vocab_size: int) -> None:
             model.resize_token_embeddings(vocab_size, mean_resizing=False)
 
 
+def layers_of(model: Any) -> Any | None:
+    """The decoder's layers, the lowest first; None where an architecture has no list of them that is known."""
+    decoder = model.get_decoder()
+    return next((getattr(decoder, name) for name in ("layers", "h") if hasattr(decoder, name)), None)
+
+
 def merge(model: Any, adapter: Path) -> Any:
     """The base with a LoRA adapter merged into its weights (consumes `model`)."""
     from peft import PeftModel

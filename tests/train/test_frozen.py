@@ -78,6 +78,14 @@ def test_a_stopped_run_goes_on_exactly(prepare: Prepare, at: int) -> None:
     assert result(broken) == result(unbroken)
 
 
+def test_rows_that_are_binned_some_at_a_time_are_all_there(prepare: Prepare, monkeypatch: pytest.MonkeyPatch) -> None:
+    at_once, in_parts = (prepare(train=FROZEN) for _ in range(2))
+    fit(at_once)
+    monkeypatch.setattr("tunewright.train.frozen.TOGETHER", 5)
+    fit(in_parts)
+    assert losses(in_parts) == pytest.approx(losses(at_once), rel=1e-5)
+
+
 def test_a_layer_must_be_left_to_train(prepare: Prepare) -> None:
     with pytest.raises(RecipeError, match=r"train.frozen_layers is 9 of the model's \d layers"):
         fit(prepare(train=FROZEN | {"frozen_layers": 9}))

@@ -18,7 +18,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, Trainer
 
 from tunewright import chat, models
 from tunewright.data import prepare as preparing
-from tunewright.errors import ModelError, RecipeError, StageError
+from tunewright.errors import ModelError, RecipeError, RunError, StageError
 from tunewright.evaluate import measure
 from tunewright.generate import LocalCompleter
 from tunewright.models import ModelRef
@@ -187,7 +187,7 @@ def _read(run: Run) -> list[dict[str, Any]]:
     """The log as far as it is written: its last line may be torn at this moment."""
     try:
         return run.metrics() if run.metrics_file.is_file() else []
-    except Exception:  # noqa: BLE001 - a torn line
+    except RunError:
         return []
 
 

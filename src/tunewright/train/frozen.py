@@ -16,9 +16,13 @@ from typing import Any
 import numpy as np
 import torch
 
+from tunewright import models
 from tunewright.errors import RecipeError
 from tunewright.train.assembling import Layout, Row, Rows, assemble, into_bins
 from tunewright.train.together import is_first, meet
+
+TOGETHER = 512
+"""Rows that are put into bins at once."""
 
 
 def freeze(model: Any, layers: int) -> None:
@@ -27,7 +31,7 @@ def freeze(model: Any, layers: int) -> None:
     Raises:
         RecipeError: the model has no more layers than these, or none that are known.
     """
-    stack = layers_of(model)
+    stack = _stack(model)
     if layers >= len(stack):
         raise RecipeError(f"train.frozen_layers is {layers} of the model's {len(stack)} layers; leave some to train")
     for module in (model.get_input_embeddings(), *stack[:layers]):
@@ -35,15 +39,6 @@ def freeze(model: Any, layers: int) -> None:
     for name, weight in model.get_decoder().named_parameters():
         if "embed" in name or name.startswith(("wpe", "wte")):  # of positions, where there are such
             weight.requires_grad_(False)
-
-
-def layers_of(model: Any) -> Any:
-    """The decoder's layers, the lowest first."""
-    decoder = model.get_decoder()
-    found = next((getattr(decoder, name) for name in ("layers", "h") if hasattr(decoder, name)), None)
-    if found is None:
-        raise RecipeError(f"train.frozen_layers: {type(model).__name__} has no known list of layers; leave it out")
-    return found
 
 
 class Lower:
@@ -54,7 +49,7 @@ class Lower:
         self.model = model
         self.path = path
         self.hidden: torch.Tensor | None = None
-        self.stack = layers_of(model)
+        self.stack = _stack(model)
         self.first = self.stack[layers]
         for layer in self.stack[:layers]:
             self._skip(layer)
@@ -70,14 +65,20 @@ class Lower:
             device = self.model.device
             self.model.eval()
             with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=bf16):
-                for held in into_bins(rows.store.lengths.tolist(), budget, layout=layout):
-                    some = [rows[number] for number in held]
+                for some in self._bins(rows, layout, budget):
                     for row, hidden_TD in zip(some, self._below(some, layout, pad_id), strict=True):
                         kept[self.starts[row.number] : self.starts[row.number + 1]] = hidden_TD.float().cpu().numpy()
             self.model.train()
             kept.flush()
         meet()
         self.kept = np.load(self.path, mmap_mode="r")
+
+    def _bins(self, rows: Rows, layout: Layout, budget: int) -> Iterator[list[Row]]:
+        """All rows in bins, some rows at a time: best fit looks at every bin for every row."""
+        for start in range(0, len(rows), TOGETHER):
+            some = [rows[number] for number in range(start, min(start + TOGETHER, len(rows)))]
+            for held in into_bins([len(row.ids) for row in some], budget, layout=layout):
+                yield [some[place] for place in held]
 
     @contextlib.contextmanager
     def of(self, rows: Sequence[Row], layout: Layout) -> Iterator[None]:
@@ -134,6 +135,12 @@ class Lower:
         if positional:
             return (self.hidden, *positional[1:]), named
         return positional, {**named, "hidden_states": self.hidden}
+
+
+def _stack(model: Any) -> Any:
+    if not (found := models.layers_of(model)):
+        raise RecipeError(f"train.frozen_layers: {type(model).__name__} has no known list of layers; leave it out")
+    return found
 
 
 class _EnoughError(Exception):

@@ -20,6 +20,8 @@ from torch import Tensor
 from torch.nn import functional
 from transformers.modeling_outputs import CausalLMOutput
 
+from tunewright import models
+
 SLICE = 2**24
 """Numbers in a slice of the logits (64 MB in float32): C x V at most."""
 SAME = 1e-4
@@ -127,9 +129,8 @@ class Narrowing:
 
 def _last_layer_modules(model: Any) -> list[Any]:
     """Of the last layer, the modules that see each token by itself, but for those that make keys and values."""
-    decoder = model.get_decoder()
-    layers = next((getattr(decoder, name) for name in ("layers", "h") if hasattr(decoder, name)), None)
-    if layers is None or not len(layers):
+    layers = models.layers_of(model)
+    if not layers:
         return []
     last = layers[-1]
     found = [getattr(last, name) for name in ("mlp", "feed_forward") if hasattr(last, name)]

@@ -15,17 +15,16 @@ from datasets import Dataset
 from transformers import set_seed
 from trl import DPOConfig, DPOTrainer
 
-from tunewright import chat, models
+from tunewright import chat
 from tunewright.chat import Pair
 from tunewright.data import prepare
 from tunewright.errors import DataError, RecipeError
 from tunewright.generate import LocalCompleter
-from tunewright.models import ModelRef
 from tunewright.run import Run
 from tunewright.tracking import Tracker
 from tunewright.train import exact
 from tunewright.train.borrowed import Borrowed, refuse_new_tokens
-from tunewright.train.weights import trainable
+from tunewright.train.weights import Base, trainable
 
 
 def fit(run: Run, tracker: Tracker) -> None:
@@ -38,10 +37,8 @@ def fit(run: Run, tracker: Tracker) -> None:
         InterruptedError: the process was asked to stop; a checkpoint of the last step was written first.
     """
     recipe = run.recipe()
-    resolved = run.resolved()
-    ref = ModelRef.from_dict(resolved["model"])
-    tokenizer = models.load_tokenizer(ref)
-    equipment = chat.equip(tokenizer)
+    base = Base.of(run)
+    tokenizer, equipment = base.tokenizer, base.equipment
     refuse_new_tokens(run, equipment)
     splits = ["train", *(["validation"] if recipe.data.validation else [])]
     pairs = {
@@ -52,12 +49,11 @@ def fit(run: Run, tracker: Tracker) -> None:
             f"{len(pairs['train'])} pairs do not fill one batch of {recipe.train.batch_size}, and "
             "train.dataloader_drop_last leaves out what does not; lower train.batch_size"
         )
-    device = resolved["device"]
     dpo = recipe.train.dpo
     arguments = exact.arguments(
         recipe,
         run,
-        device,
+        base.device,
         DPOConfig,
         **dpo.model_dump(exclude={"loss_type", "loss_weights"}),
         loss_type=list(dpo.loss_type),
@@ -67,7 +63,7 @@ def fit(run: Run, tracker: Tracker) -> None:
         precompute_ref_log_probs=True,
     )
     set_seed(recipe.train.seed)
-    model = trainable(run, ref, tokenizer, equipment, device)
+    model = trainable(run, base)
     start = exact.begin(run)
     if start:
         arguments.eval_on_start = False  # it was measured when the run did start

@@ -19,19 +19,18 @@ from transformers import set_seed
 from trl import GRPOConfig, GRPOTrainer
 from trl.trainer.utils import add_fused_lm_head, disable_dropout_in_model
 
-from tunewright import chat, graders, models
+from tunewright import chat, graders
 from tunewright.chat import Example
 from tunewright.data import prepare
 from tunewright.errors import RecipeError
 from tunewright.generate import LocalCompleter
 from tunewright.graders import Answer, Grading
-from tunewright.models import ModelRef
 from tunewright.recipe import LabelModel, Multi, PythonGrader, Recipe, ScoreModel
 from tunewright.run import Run
 from tunewright.tracking import Tracker
 from tunewright.train import exact
 from tunewright.train.borrowed import Borrowed, refuse_new_tokens
-from tunewright.train.weights import trainable
+from tunewright.train.weights import Base, trainable
 
 
 def fit(run: Run, tracker: Tracker) -> None:
@@ -44,19 +43,16 @@ def fit(run: Run, tracker: Tracker) -> None:
         InterruptedError: the process was asked to stop; a checkpoint of the last step was written first.
     """
     recipe = run.recipe()
-    resolved = run.resolved()
-    ref = ModelRef.from_dict(resolved["model"])
-    tokenizer = models.load_tokenizer(ref)
-    equipment = chat.equip(tokenizer)
+    base = Base.of(run)
+    tokenizer, equipment = base.tokenizer, base.equipment
     refuse_new_tokens(run, equipment)
     examples = prepare.examples(run, "train")
     prompts = [chat.render_prompt(tokenizer, example.prompt) for example in examples]
-    device = resolved["device"]
     grpo = recipe.train.grpo
     arguments = exact.arguments(
         recipe,
         run,
-        device,
+        base.device,
         GRPOConfig,
         **grpo.model_dump(exclude={"beta"}),
         beta=0.0,  # the trainer below has it; told of it, TRL would load a reference of its own
@@ -64,7 +60,7 @@ def fit(run: Run, tracker: Tracker) -> None:
         disable_dropout=True,
     )
     set_seed(recipe.train.seed)
-    model = trainable(run, ref, tokenizer, equipment, device)
+    model = trainable(run, base)
     start = exact.begin(run)
     arguments.use_cache = getattr(model.config, "use_cache", True)  # else Trainer writes False into what is saved
     watch = exact.Watch(run)

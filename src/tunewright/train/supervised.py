@@ -12,13 +12,11 @@ from typing import Any
 import torch
 from transformers import set_seed
 
-from tunewright import chat, models
 from tunewright.chat import Rendering
 from tunewright.data import prepare
 from tunewright.errors import DataError
 from tunewright.generate import LocalCompleter
 from tunewright.lean import halve_frozen
-from tunewright.models import ModelRef
 from tunewright.run import Run
 from tunewright.tracking import Tracker
 from tunewright.train import checkpoints, exact
@@ -26,7 +24,7 @@ from tunewright.train.assembling import LengthGrouped, Rows, collate
 from tunewright.train.exact import Exact
 from tunewright.train.frozen import Lower
 from tunewright.train.steps import Steps, settle
-from tunewright.train.weights import trainable
+from tunewright.train.weights import Base, trainable
 
 
 def fit(run: Run, tracker: Tracker) -> None:
@@ -40,9 +38,8 @@ def fit(run: Run, tracker: Tracker) -> None:
     """
     recipe = run.recipe()
     resolved = run.resolved()
-    ref = ModelRef.from_dict(resolved["model"])
-    tokenizer = models.load_tokenizer(ref)
-    equipment = chat.equip(tokenizer)
+    base = Base.of(run)
+    tokenizer, equipment = base.tokenizer, base.equipment
     rows = _rows(run, "train", tokenizer)
     validation = _rows(run, "validation", tokenizer) if recipe.data.validation else None
     if recipe.train.dataloader_drop_last and len(rows) < recipe.train.batch_size:
@@ -50,13 +47,12 @@ def fit(run: Run, tracker: Tracker) -> None:
             f"{len(rows)} training rows do not fill one batch of {recipe.train.batch_size}, and "
             "train.dataloader_drop_last leaves out what does not; lower train.batch_size"
         )
-    device = resolved["device"]
     together = recipe.train.batch_size * recipe.train.gradient_accumulation_steps
     arguments = exact.arguments(
-        recipe, run, device, per_device_train_batch_size=together, gradient_accumulation_steps=1
+        recipe, run, base.device, per_device_train_batch_size=together, gradient_accumulation_steps=1
     )
     set_seed(recipe.train.seed)
-    model = trainable(run, ref, tokenizer, equipment, device)
+    model = trainable(run, base)
     layout = settle(model, len(tokenizer), resolved["max_length"])
     if resolved["train"]["bf16"] and hasattr(model, "peft_config"):
         halve_frozen(model)

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tunewright import models
+from tunewright import chat, models
 from tunewright.chat import Equipment
 from tunewright.errors import RecipeError
 from tunewright.generate import savable
@@ -15,15 +16,34 @@ from tunewright.run import Run
 from tunewright.train.frozen import freeze
 
 
-def trainable(run: Run, ref: ModelRef, tokenizer: Any, equipment: Equipment, device: str) -> Any:
+@dataclass(frozen=True)
+class Base:
+    """What every method begins with: the base that was resolved, its tokenizer, and where it trains."""
+
+    ref: ModelRef
+    tokenizer: Any
+    equipment: Equipment
+    device: str
+
+    @classmethod
+    def of(cls, run: Run) -> Base:
+        resolved = run.resolved()
+        ref = ModelRef.from_dict(resolved["model"])
+        tokenizer = models.load_tokenizer(ref)
+        return cls(ref, tokenizer, chat.equip(tokenizer), resolved["device"])
+
+
+def trainable(run: Run, base: Base) -> Any:
     """The base's weights, or the base with an adapter, a fresh one or an earlier run's; room made for tokens that the
     base lacks.
 
     Raises:
         RecipeError: the adapter does not fit this base.
     """
-    train = run.recipe().train
-    model = models.load_in_4_bits(ref) if run.method == "qlora" else models.load_model(ref, device=device)
+    train, tokenizer, equipment = run.recipe().train, base.tokenizer, base.equipment
+    model = (
+        models.load_in_4_bits(base.ref) if run.method == "qlora" else models.load_model(base.ref, device=base.device)
+    )
     models.grow(model, len(tokenizer))
     if train.frozen_layers:
         if equipment.added_tokens:
