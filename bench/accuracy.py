@@ -34,6 +34,8 @@ class Objective:
     learning_rate: float
     epochs: float
     evaluations: int = 8
+    frozen: int = 0
+    """Lowest layers that stay as they are."""
 
 
 LAB = Objective("all", 2, 1e-4, 1.0)
@@ -91,6 +93,7 @@ def curve(objective: Objective, seed: int) -> list[tuple[int, float]]:
     from tunewright.chat import Message, Rendering
     from tunewright.generate import LocalCompleter
     from tunewright.train.assembling import Rendered, Rows, collate
+    from tunewright.train.frozen import freeze
     from tunewright.train.steps import Steps, settle
 
     folder = Path(os.environ["TUNEWRIGHT_SHARED"]) / "data" / "imdb-cad"
@@ -114,6 +117,8 @@ def curve(objective: Objective, seed: int) -> list[tuple[int, float]]:
     labels = sorted({row["label"] for row in rows["train"]})
     set_seed(seed)
     model = AutoModelForCausalLM.from_pretrained(str(starter.model_path()), dtype=torch.float32)
+    if objective.frozen:
+        freeze(model, objective.frozen)
     completer = LocalCompleter(model, tokenizer, equipment)
     steps = int(len(train) * objective.epochs / objective.batch)
     every = max(1, steps // objective.evaluations)

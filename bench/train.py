@@ -19,6 +19,7 @@ import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -47,6 +48,10 @@ class Rival:
     batch: int = 2
     """Rows of one forward (hf and trl); accumulated to EXAMPLES, but for the lab's recipe."""
     steps: int = 2
+    without: str = ""
+    """tunewright: a step that is left out (see `_leave_out`)."""
+    frozen: int = 0
+    """tunewright: layers that stay as they are, from the second epoch on."""
 
     @property
     def name(self) -> str:
@@ -80,11 +85,30 @@ TABLES: dict[str, dict[str, Rival]] = {
         "TRL, its best": Rival("trl", loss="all", layout="free"),
         "tunewright": Rival("tunewright", loss="all"),
     },
+    "What each step wins: label-only loss, all weights": {
+        "tunewright": Rival("tunewright"),
+        "the last layer's work at all places": Rival("tunewright", without="narrow"),
+        "rows padded, not end to end": Rival("tunewright", without="flat"),
+        "one row a forward": Rival("tunewright", without="bins"),
+        "GELU as Transformers has it": Rival("tunewright", without="slim"),
+        "the head in the type of autocast": Rival("tunewright", without="few"),
+        "pages of 4 KB": Rival("tunewright", without="pages"),
+        "float32": Rival("tunewright", precision="fp32"),
+        "and won: six of twelve layers frozen, from the second epoch on": Rival("tunewright", frozen=6),
+    },
+    "What each step wins: label-only loss, LoRA of rank 16": {
+        "tunewright": Rival("tunewright", "lora"),
+        "the last layer's work at all places": Rival("tunewright", "lora", without="narrow"),
+        "rows padded, not end to end": Rival("tunewright", "lora", without="flat"),
+        "GELU and LoRA as Transformers and PEFT have them": Rival("tunewright", "lora", without="slim"),
+        "frozen weights in float32": Rival("tunewright", "lora", without="halves"),
+        "and won: six of twelve layers frozen, from the second epoch on": Rival("tunewright", "lora", frozen=6),
+    },
 }
 
 
 def main() -> None:
-    """Print the tables; the last row of each is compared with the others."""
+    """Print the tables; each row of one is compared with its first."""
     rivals = {rival for table in TABLES.values() for rival in table.values()}
     measured: dict[Rival, list[dict[str, float]]] = {rival: [] for rival in rivals}
     for number in range(REPEATS):
@@ -107,6 +131,7 @@ def main() -> None:
 def measure(rival: Rival) -> dict[str, float]:
     """Seconds and peak memory of one rival in a fresh process, in the environment that it would run in."""
     environment = os.environ | {"OMP_WAIT_POLICY": "PASSIVE", "TOKENIZERS_PARALLELISM": "false"}
+    environment["THP_MEM_ALLOC_ENABLE"] = "0" if rival.without == "pages" else "1"
     said = subprocess.run(
         [sys.executable, "-W", "ignore", "-m", "bench.train", rival.name],
         env=environment, capture_output=True, text=True, check=False,
@@ -182,7 +207,7 @@ def _trainer(rival: Rival, folder: str) -> Any:
         "per_device_train_batch_size": rival.batch, "gradient_accumulation_steps": accumulation,
     }  # fmt: skip
     if rival.engine == "tunewright":
-        return _ours(model, rows, options)
+        return _ours(rival, model, rows, options)
     if rival.engine == "trl":
         return _trl(rival, model, rows, options)
     if rival.engine == "hf":
@@ -242,7 +267,7 @@ def _trl(rival: Rival, model: Any, rows: Any, options: dict[str, Any]) -> Any:
     return SFTTrainer(model=model, args=arguments, train_dataset=Dataset.from_dict(columns), processing_class=tokenizer)
 
 
-def _ours(model: Any, rows: Any, options: dict[str, Any]) -> Any:
+def _ours(rival: Rival, model: Any, rows: Any, options: dict[str, Any]) -> Any:
     """The product's own step in a bare Trainer: what is timed is what `tunewright train` runs for each step."""
     from transformers import TrainingArguments
 
@@ -250,20 +275,48 @@ def _ours(model: Any, rows: Any, options: dict[str, Any]) -> Any:
     from tunewright.lean import halve_frozen
     from tunewright.memory import TOKENS_PER_FORWARD
     from tunewright.train.assembling import Rendered, Rows, collate
+    from tunewright.train.frozen import Lower, freeze
     from tunewright.train.steps import Steps, settle
 
+    _leave_out(rival.without)
+    inner = model.get_base_model() if hasattr(model, "peft_config") else model
+    if rival.frozen:
+        freeze(inner, rival.frozen)
+        for name, weight in model.named_parameters():
+            if any(f".h.{layer}." in name for layer in range(rival.frozen)):
+                weight.requires_grad_(False)  # the adapters there, which `tunewright train` does not make
     layout = settle(model, model.config.vocab_size, 1024)
-    if options["bf16"] and hasattr(model, "peft_config"):
+    if options["bf16"] and hasattr(model, "peft_config") and rival.without != "halves":
         halve_frozen(model)
     arguments = TrainingArguments(
         remove_unused_columns=False,
         **options | {"per_device_train_batch_size": EXAMPLES, "gradient_accumulation_steps": 1},
     )
     data = Rows(Rendered([Rendering(ids, mask) for ids, mask in rows], [""] * len(rows)))
+    budget = 1 if rival.without == "bins" else TOKENS_PER_FORWARD["cpu"]
+    lower = None
+    if rival.frozen:
+        lower = Lower(inner, rival.frozen, Path(options["output_dir"]) / "lower.npy")
+        lower.fill(data, layout, 0, budget, bf16=options["bf16"])
     return Steps(
-        layout=layout, pad_id=0, budget=TOKENS_PER_FORWARD["cpu"],
+        layout=layout, pad_id=0, budget=budget, lower=lower,
         model=model, args=arguments, train_dataset=data, data_collator=collate,
     )  # fmt: skip
+
+
+def _leave_out(what: str) -> None:
+    """Take the plain way for one step, in this process alone."""
+    from tunewright import attention
+    from tunewright.train import losses, steps
+
+    if what == "narrow":
+        losses.NARROW_BELOW = 0.0
+    elif what == "few":
+        losses.FEW = 0
+    elif what == "flat":
+        attention.fits = lambda *_: False
+    elif what == "slim":
+        steps.slim = lambda *_: []
 
 
 def _spread(values: Sequence[float]) -> str:

@@ -198,3 +198,33 @@ def test_grouped_batches_need_less_padding_than_random_ones() -> None:
         return sum(max(batch) * len(batch) - sum(batch) for batch in batches)
 
     assert padding(list(LengthGrouped(rows, 8, seed=0))) < padding(list(range(256))) / 3
+
+
+@pytest.mark.parametrize(("places", "size"), [(5, 2**24), (40, 2**24), (100, 2**24), (100, 7 * 300)])
+def test_the_head_s_gradients_under_autocast_are_those_of_float32_but_for_rounding(
+    places: int, size: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Few places, which stay in float32; one slice, whose weight gradient is made on the way back; more; slices."""
+    monkeypatch.setattr(losses, "SLICE", size)
+    generator = torch.Generator().manual_seed(0)
+    head = torch.nn.Linear(64, 300)
+    hidden = torch.randn(places, 64, generator=generator)
+    targets = torch.randint(300, (places,), generator=generator)
+
+    def gradients(*, autocast: bool, ours: bool) -> list[torch.Tensor]:
+        head.zero_grad()
+        inputs = hidden.clone().requires_grad_()
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            if ours:
+                loss = losses.head_loss(inputs, head, targets)
+            else:
+                loss = torch.nn.functional.cross_entropy(head(inputs), targets, reduction="sum")
+        (loss / (3 * places)).backward()
+        return [inputs.grad, head.weight.grad.clone(), head.bias.grad.clone()]
+
+    for found, wanted in zip(gradients(autocast=True, ours=True), gradients(autocast=False, ours=False), strict=True):
+        error = (found - wanted).norm() / wanted.norm()
+        assert error < (1e-5 if places <= losses.FEW else 1e-2)
+        assert found.dtype == torch.float32
+        along = (found * wanted).sum() / wanted.square().sum()  # what rounding of the scale would move as a whole
+        assert abs(along - 1) < 1e-3

@@ -185,7 +185,7 @@ class LocalBackend:
     def _start(self, stage: str, run: Run, arguments: list[str], **facts: str) -> psutil.Process:
         # Threads that spin while they wait make training several times slower when anything else is busy on the
         # machine (docs/benchmarks.md); sleeping costs next to nothing when nothing else is.
-        environment = {"OMP_WAIT_POLICY": "PASSIVE"} | dict(os.environ)
+        environment = {"OMP_WAIT_POLICY": "PASSIVE", "THP_MEM_ALLOC_ENABLE": "1"} | dict(os.environ)
         if self.settings.threads:
             environment |= {
                 "OMP_NUM_THREADS": str(self.settings.threads),

@@ -26,6 +26,8 @@ SLICE = 2**24
 """Numbers in a slice of the logits (64 MB in float32): C x V at most."""
 SAME = 1e-4
 """Two losses nearer than this, relative to the larger, are the same but for rounding."""
+FEW = 32
+"""At most so many places are multiplied with the head's weight in its own type, whatever autocast says."""
 NARROW_BELOW = 0.75
 """The last layer is narrowed where fewer than this share of the places are kept; else copying costs what it wins."""
 
@@ -142,18 +144,27 @@ def _last_layer_modules(model: Any) -> list[Any]:
 
 
 class _HeadLoss(torch.autograd.Function):
-    """Linear layer and cross-entropy in slices, the gradients made on the way forward."""
+    """Linear layer and cross-entropy in slices, the gradients made on the way forward.
+
+    Where one slice takes all places, what is kept is the gradient of its logits instead of the weight's, which is then
+    made on the way back, in one pass. A few places are multiplied with the weight as it is: a copy of it in the type of
+    autocast would cost more than it gives.
+    """
 
     @staticmethod
     def forward(ctx: Any, hidden_KD: Tensor, weight_VD: Tensor, bias_V: Any, targets_K: Tensor, size: int) -> Tensor:
         device = hidden_KD.device.type
-        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden_KD.dtype
+        few = len(targets_K) <= FEW
+        cast = torch.is_autocast_enabled(device) and not few
+        dtype = torch.get_autocast_dtype(device) if cast else weight_VD.dtype
         wants_hidden, wants_weight, wants_bias = ctx.needs_input_grad[:3]
         hidden, weight = hidden_KD.to(dtype), weight_VD.to(dtype)
+        later = wants_weight and len(targets_K) <= min(size, hidden.shape[1])
         total = hidden_KD.new_zeros((), dtype=torch.float64 if dtype == torch.float64 else torch.float32)
         d_hidden = torch.empty_like(hidden) if wants_hidden else None
-        d_weight = torch.zeros_like(weight_VD) if wants_weight else None
+        d_weight = torch.zeros_like(weight_VD) if wants_weight and not later else None
         d_bias = torch.zeros_like(bias_V) if wants_bias else None
+        d_CV = None
         with torch.autocast(device, enabled=False):
             for start in range(0, len(targets_K), size):
                 part = slice(start, start + size)
@@ -179,18 +190,24 @@ class _HeadLoss(torch.autograd.Function):
                         d_weight.addmm_(d_CV.T, hidden[part])
                     else:
                         d_weight += d_CV.T @ hidden[part]
-        ctx.save_for_backward(*(one for one in (d_hidden, d_weight, d_bias) if one is not None))
-        ctx.wants, ctx.dtype = (wants_hidden, wants_weight, wants_bias), hidden_KD.dtype
+        kept = (d_hidden, d_weight, d_bias, d_CV if later else None, hidden if later else None)
+        ctx.save_for_backward(*kept)
+        ctx.dtypes = hidden_KD.dtype, weight_VD.dtype
         return total
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
         scale = grads[0]
-        saved = iter(ctx.saved_tensors)
-        d_hidden, d_weight, d_bias = (next(saved) if wanted else None for wanted in ctx.wants)
+        d_hidden, d_weight, d_bias, d_CV, hidden = ctx.saved_tensors
+        hidden_dtype, weight_dtype = ctx.dtypes
+        if d_CV is not None:
+            with torch.autocast(d_CV.device.type, enabled=False):
+                d_weight = (d_CV.T @ (hidden.to(scale.dtype) * scale).to(hidden.dtype)).to(weight_dtype)
+        elif d_weight is not None:
+            d_weight.mul_(scale)
         return (
-            None if d_hidden is None else d_hidden.to(ctx.dtype) * scale,
-            None if d_weight is None else d_weight.mul_(scale),
+            None if d_hidden is None else d_hidden.to(hidden_dtype) * scale,
+            d_weight,
             None if d_bias is None else d_bias.mul_(scale),
             None,
             None,
