@@ -388,6 +388,9 @@ class Train(Section):
     fp16: bool = False
     tf32: bool | None = None
     use_cpu: bool = False
+    fsdp: bool = False
+    """Whether the processes of `backend.processes` each keep a share of the weights, gradients and optimizer's state
+    (PyTorch's FSDP2), for a model that does not fit one device. By default each has them all (DDP)."""
     gradient_checkpointing: bool = False
     gradient_checkpointing_kwargs: Options | None = None
     torch_compile: bool = False
@@ -458,6 +461,8 @@ class Train(Section):
         if self.frozen_layers and (self.adapter is not None or self.neftune_noise_alpha):
             other = "adapter" if self.adapter is not None else "neftune_noise_alpha"
             raise ValueError(f"frozen_layers leaves the lower layers alone, and {other} changes them; remove one")
+        if self.fsdp:
+            self._shares_what_can_be_shared()
         if self.early_stopping_threshold and not self.early_stopping_patience:
             raise ValueError("early_stopping_threshold does nothing without early_stopping_patience")
         if self.load_best_model_at_end:
@@ -467,6 +472,13 @@ class Train(Section):
                 if getattr(self, key):
                     raise ValueError(f"{key} is for worker processes; set dataloader_num_workers")
         return self
+
+    def _shares_what_can_be_shared(self) -> None:
+        if self.method not in ("full", "lora"):
+            raise ValueError(f"fsdp shares the weights of method full or lora, and method is {self.method}; say which")
+        for key in ("frozen_layers", "gradient_checkpointing", "torch_compile", "fp16", "adapter"):
+            if getattr(self, key):
+                raise ValueError(f"fsdp is not tried together with {key}; remove one")
 
     def _saves_what_it_measures(self) -> None:
         """The best checkpoint can only be loaded if there is one for each measurement."""
@@ -571,19 +583,16 @@ REFUSED = {
         (
             "local_rank",
             "ddp_find_unused_parameters",
-            "ddp_bucket_cap_mb",
-            "ddp_broadcast_buffers",
             "ddp_static_graph",
             "ddp_backend",
-            "ddp_timeout",
-            "fsdp",
-            "fsdp_config",
-            "deepspeed",
             "accelerator_config",
-            "parallelism_config",
             "average_tokens_across_devices",
         ),
-        "training runs on one device so far",
+        "backend.processes sees to it",
+    ),
+    **dict.fromkeys(
+        ("fsdp_config", "deepspeed", "parallelism_config", "ddp_bucket_cap_mb", "ddp_broadcast_buffers", "ddp_timeout"),
+        "several devices train by DDP, or by FSDP as it comes (train.fsdp)",
     ),
     **dict.fromkeys(("use_liger_kernel", "liger_kernel_config"), "it patches model classes for the whole process"),
     **dict.fromkeys(("activation_checkpointing", "activation_checkpointing_kwargs"), "say gradient_checkpointing"),

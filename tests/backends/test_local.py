@@ -50,6 +50,14 @@ def test_several_processes_are_refused_where_training_has_one(task: str, said: l
     assert [problem.message[: len(one)] for problem, one in zip(found, said, strict=True)] == said
 
 
+def test_weights_are_not_shared_with_nobody() -> None:
+    given = {"name": "t", "model": "m", "task": "chat", "data": {"train": "a.jsonl"}, "train": {"fsdp": True}}
+    recipe = recipes.Recipe.model_validate(given)
+    (problem,) = LocalBackend({}).check(recipe, ("train",))
+    assert problem.message.startswith("train.fsdp: backend.processes is 1")
+    assert LocalBackend({"processes": 2}).check(recipe, ("train",)) == []
+
+
 def endpoint_pid(run: Run) -> int:
     pid: int = read_json(run.job_file("deploy"))["pid"]
     return pid

@@ -68,6 +68,10 @@ class LocalBackend:
         problems = []
         if self.settings.processes > 1 and recipe.task in ("preference", "reward"):
             problems.append(Problem(f"backend.processes: task: {recipe.task} trains in one process; leave it out"))
+        if recipe.train.fsdp and self.settings.processes == 1:
+            problems.append(
+                Problem("train.fsdp: backend.processes is 1, so there is nobody to share with; raise it or remove fsdp")
+            )
         if "deploy" in stages:
             if recipe.deploy.content_filter != "off":
                 problems.append(

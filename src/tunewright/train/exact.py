@@ -85,8 +85,10 @@ def drive(trainer: Any, watch: Watch, *, tokens: int, **more: Any) -> None:
     trainer.tracker.flush()
     if watch.stopping:
         raise InterruptedError(f"stopped at step {trainer.state.global_step} of {trainer.state.max_steps}")
+    trainer.refuse_broken_weights()
+    gathered = trainer.gathered()
     if is_first():
-        _save(trainer.run, trainer.recipe, trainer, trainable, tokens, resumed=start, **more)
+        _save(trainer.run, trainer.recipe, trainer, gathered, trainable, tokens, resumed=start, **more)
     meet()
 
 
@@ -259,8 +261,13 @@ class Exact(Trainer):
         )
         self.run.event("train", "checkpoint", step=self.state.global_step)
 
+    def gathered(self) -> dict[str, Any] | None:
+        """The whole weights, where each process holds a share of them; every process has to ask."""
+        return self.accelerator.get_state_dict(self.model) if self.is_fsdp_enabled else None
+
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
-        write_weights(self.model, Path(output_dir or self.args.output_dir), state_dict)
+        if is_first():
+            write_weights(self.model, Path(output_dir or self.args.output_dir), state_dict)
 
 
 class Watch(TrainerCallback):
@@ -329,14 +336,21 @@ def _rewind(run: Run, step: int) -> None:
 
 
 def _save(
-    run: Run, recipe: Recipe, trainer: Any, trainable: int, tokens: int, *, resumed: Path | None, **more: Any
+    run: Run,
+    recipe: Recipe,
+    trainer: Any,
+    gathered: dict[str, Any] | None,
+    trainable: int,
+    tokens: int,
+    *,
+    resumed: Path | None,
+    **more: Any,
 ) -> None:
     """The trained weights, then train/manifest.json."""
-    trainer.refuse_broken_weights()
     target = run.trained(run.method)
     fresh = target.with_name(f".{target.name}.new")
     shutil.rmtree(fresh, ignore_errors=True)
-    write_weights(trainer.model, fresh)
+    write_weights(trainer.model, fresh, gathered)
     shutil.rmtree(target, ignore_errors=True)
     os.replace(fresh, target)
     model = trainer.model

@@ -5,11 +5,14 @@ backward for each; then Transformers' Trainer clips the gradients and steps the 
 from __future__ import annotations
 
 import contextlib
+import math
 import sys
 from collections.abc import Sequence
 from typing import Any
 
 import torch
+from accelerate import PartialState
+from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from transformers import Trainer
 
 from tunewright import attention
@@ -18,6 +21,7 @@ from tunewright.lean import slim
 from tunewright.train import losses
 from tunewright.train.assembling import Layout, Row, assemble, into_bins
 from tunewright.train.frozen import Lower
+from tunewright.train.together import most
 
 
 class Steps(Trainer):
@@ -34,6 +38,20 @@ class Steps(Trainer):
         trained = sum(weight.numel() for weight in self.model.parameters() if weight.requires_grad)
         weights = sum(weight.numel() for weight in self.model.parameters())
         self.flops_per_token: int = 4 * weights + 2 * trained
+
+    def create_accelerator_and_postprocess(self) -> None:
+        """As Trainer's; where processes share the weights, these stay as they are and autocast alone says what is
+        multiplied in bfloat16. Without a GPU Accelerate has to be told of the sharing: it goes on with DDP, silently.
+        """
+        super().create_accelerator_and_postprocess()
+        if not self.args.fsdp:
+            return
+        state = self.accelerator.state
+        if not self.is_fsdp_enabled:
+            PartialState().distributed_type = state.distributed_type = DistributedType.FSDP
+            state.fsdp_plugin = FullyShardedDataParallelPlugin(**self.args.fsdp_plugin_args)
+            self.is_fsdp_enabled = True
+        state.fsdp_plugin.mixed_precision_policy = None
 
     def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> torch.Tensor:
         """Loss per target of one optimizer step; its gradients are added up.
@@ -58,10 +76,13 @@ class Steps(Trainer):
         """Forward and backward for each bin."""
         bins = into_bins([len(row.ids) for row in rows], self.budget, layout=self.layout)
         total = torch.zeros((), device=self.args.device)
-        for number, held in enumerate(bins, start=1):
-            self.at_work = [rows[place] for place in held]
+        forwards = most(len(bins), self.args.device) if self.is_fsdp_enabled else len(bins)
+        for number in range(forwards):
+            self.at_work = [rows[place] for place in bins[min(number, len(bins) - 1)]]
             batch = assemble(self.at_work, self.layout, self.pad_id)
-            last = number == len(bins)
+            if number >= len(bins):  # the others still need this process's share of the weights
+                num_items_in_batch = torch.tensor(math.inf, device=self.args.device)
+            last = number == forwards - 1
             synced = contextlib.nullcontext() if last else self.accelerator.no_sync(model)
             below = self.lower.of(self.at_work, self.layout) if self.lower else contextlib.nullcontext()
             with synced, below:

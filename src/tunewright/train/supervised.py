@@ -54,7 +54,7 @@ def fit(run: Run, tracker: Tracker) -> None:
     set_seed(recipe.train.seed)
     model = trainable(run, base)
     layout = settle(model, len(tokenizer), resolved["max_length"])
-    if resolved["train"]["bf16"] and hasattr(model, "peft_config"):
+    if resolved["train"]["bf16"] and hasattr(model, "peft_config") and not recipe.train.fsdp:
         halve_frozen(model)
     budget = resolved["train"]["tokens_per_forward"]
     start = exact.begin(run)

@@ -4,6 +4,9 @@ first, and waits for nobody.
 
 from __future__ import annotations
 
+from typing import Any
+
+import torch
 from torch import distributed
 
 
@@ -16,3 +19,12 @@ def meet() -> None:
     """Wait until every process that trains along has come here."""
     if distributed.is_initialized():
         distributed.barrier()
+
+
+def most(number: int, device: Any) -> int:
+    """The largest of the numbers that the processes call it with."""
+    if not distributed.is_initialized():
+        return number
+    largest = torch.tensor(number, device=device)
+    distributed.all_reduce(largest, distributed.ReduceOp.MAX)
+    return int(largest)

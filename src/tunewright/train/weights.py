@@ -41,9 +41,8 @@ def trainable(run: Run, base: Base) -> Any:
         RecipeError: the adapter does not fit this base.
     """
     train, tokenizer, equipment = run.recipe().train, base.tokenizer, base.equipment
-    model = (
-        models.load_in_4_bits(base.ref) if run.method == "qlora" else models.load_model(base.ref, device=base.device)
-    )
+    device = "cpu" if train.fsdp else base.device  # where weights are to be shared, no device needs to hold them all
+    model = models.load_in_4_bits(base.ref) if run.method == "qlora" else models.load_model(base.ref, device=device)
     models.grow(model, len(tokenizer))
     if train.frozen_layers:
         if equipment.added_tokens:
@@ -85,7 +84,9 @@ def write_weights(model: Any, folder: Path, state_dict: dict[str, Any] | None = 
     adapter = hasattr(model, "peft_config")
     options: dict[str, Any] = {"save_embedding_layers": False} if adapter else {}
     if state_dict is not None:  # gathered from the processes that each hold a part
-        options["state_dict"] = state_dict
+        again = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+        again -= {name for name, _ in model.named_parameters()}  # gathered twice, what two modules share
+        options["state_dict"] = {name: weight for name, weight in state_dict.items() if name not in again}
     if not adapter:
         model.generation_config = savable(model.generation_config)
     with models.quiet():
