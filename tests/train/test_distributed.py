@@ -39,3 +39,19 @@ def test_two_processes_end_with_the_loss_and_weights_of_one(prepare: Prepare) ->
     events = [event["event"] for event in together.events() if event["stage"] == "train"]
     assert events.count("started") == 1
     assert not list(together.path.rglob("*.new"))
+
+
+def losses(run: Run) -> list[float]:
+    return [entry["loss"] for entry in run.metrics() if "loss" in entry]
+
+
+@pytest.mark.parametrize("method", ["full", "lora"])
+def test_sharded_weights_end_as_those_of_one_process(prepare: Prepare, method: str) -> None:
+    train = TRAIN | {"method": method}
+    together = prepare(train=train | {"batch_size": 4, "fsdp": "full_shard"}, backend={"kind":"local","processes": 2, "threads": 1})
+    train_by(together, 2)
+    alone = prepare(train=train | {"batch_size": 8})
+    fit(alone)
+    print(together.log_file("train").read_text())
+    print(losses(together), losses(alone))
+    assert losses(together) == pytest.approx(losses(alone), rel=1e-5)

@@ -18,6 +18,7 @@ from tunewright.lean import slim
 from tunewright.train import losses
 from tunewright.train.assembling import Layout, Row, assemble, into_bins
 from tunewright.train.frozen import Lower
+from tunewright.train.together import gather
 
 
 class Steps(Trainer):
@@ -30,6 +31,7 @@ class Steps(Trainer):
         self.pad_id = pad_id
         self.budget = budget
         self.at_work: list[Row] = []
+        self.counts = True
         super().__init__(**options)
         trained = sum(weight.numel() for weight in self.model.parameters() if weight.requires_grad)
         weights = sum(weight.numel() for weight in self.model.parameters())
@@ -55,19 +57,34 @@ class Steps(Trainer):
         return loss
 
     def _step(self, model: Any, rows: Sequence[Row], num_items_in_batch: Any) -> torch.Tensor:
-        """Forward and backward for each bin."""
-        bins = into_bins([len(row.ids) for row in rows], self.budget, layout=self.layout)
+        """Forward and backward for each bin.
+
+        Where the weights are sharded, all processes run as many as the one with most: else it would wait for layers
+        that the others no longer gather. What a process has too few is its shortest row again, which counts nothing.
+        """
+        lengths = [len(row.ids) for row in rows]
+        bins = into_bins(lengths, self.budget, layout=self.layout)
+        counted = len(bins)
+        if self.is_fsdp_enabled:
+            shortest = min(range(len(rows)), key=lengths.__getitem__)
+            bins += [[shortest]] * (int(max(gather(counted))) - counted)
         total = torch.zeros((), device=self.args.device)
         for number, held in enumerate(bins, start=1):
             self.at_work = [rows[place] for place in held]
             batch = assemble(self.at_work, self.layout, self.pad_id)
-            last = number == len(bins)
-            synced = contextlib.nullcontext() if last else self.accelerator.no_sync(model)
+            self.counts = number <= counted
+            # Sharded gradients are added up over the processes for each bin: until then each process has all of them.
+            synced = self.is_fsdp_enabled or number == len(bins)
+            alone = contextlib.nullcontext() if synced else self.accelerator.no_sync(model)
             below = self.lower.of(self.at_work, self.layout) if self.lower else contextlib.nullcontext()
-            with synced, below:
+            with alone, below:
                 total += super().training_step(model, batch, num_items_in_batch)
         self.at_work = list(rows)
         return total
+
+    def compute_loss(self, *given: Any, **options: Any) -> Any:
+        loss = super().compute_loss(*given, **options)
+        return loss if self.counts else loss * 0.0
 
     def _make_smaller(self, model: Any, rows: Sequence[Row]) -> None:
         """Half the tokens in a forward, so about twice as many forwards for a step: the same sums in other pieces."""

@@ -1,9 +1,10 @@
-"""Several processes that train together: which of them writes, and where they wait for each other. One by itself is the
-first, and waits for nobody.
+"""Several processes that train together: which of them writes, where they wait for each other, and what each of them
+has. One by itself is the first, and waits for nobody.
 """
 
 from __future__ import annotations
 
+import torch
 from torch import distributed
 
 
@@ -16,3 +17,14 @@ def meet() -> None:
     """Wait until every process that trains along has come here."""
     if distributed.is_initialized():
         distributed.barrier()
+
+
+def gather(number: float) -> list[float]:
+    """The number that each process comes here with; all of them get the same list."""
+    if not distributed.is_initialized():
+        return [number]
+    own = torch.tensor(number, dtype=torch.float64)
+    own = own.cuda() if distributed.get_backend() == "nccl" else own
+    all_of_them = [torch.zeros_like(own) for _ in range(distributed.get_world_size())]
+    distributed.all_gather(all_of_them, own)
+    return [float(one) for one in all_of_them]

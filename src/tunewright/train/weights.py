@@ -41,9 +41,8 @@ def trainable(run: Run, base: Base) -> Any:
         RecipeError: the adapter does not fit this base.
     """
     train, tokenizer, equipment = run.recipe().train, base.tokenizer, base.equipment
-    model = (
-        models.load_in_4_bits(base.ref) if run.method == "qlora" else models.load_model(base.ref, device=base.device)
-    )
+    device = "cpu" if train.fsdp else base.device  # a shard moves on from there, layer by layer
+    model = models.load_in_4_bits(base.ref) if run.method == "qlora" else models.load_model(base.ref, device=device)
     models.grow(model, len(tokenizer))
     if train.frozen_layers:
         if equipment.added_tokens:
