@@ -80,8 +80,8 @@ Optimizer = Literal[
 ]
 """What Transformers calls `OptimizerNames`, less GaLore and APOLLO, which need `optim_target_modules`."""
 
-SHARDED_OPTIMIZERS: tuple[Optimizer, ...] = ("adamw_torch", "adamw_torch_fused", "sgd", "adagrad", "rmsprop")
-"""Those that work on each number by itself, and were tried on sharded weights."""
+SHARDED_OPTIMIZERS: tuple[Optimizer, ...] = ("adamw_torch", "adamw_torch_fused", "sgd", "rmsprop")
+"""Those that were tried on sharded weights. Adagrad makes its state before there are shards, and cannot save it."""
 
 DDP_ONLY = ("ddp_find_unused_parameters", "ddp_bucket_cap_mb", "ddp_broadcast_buffers", "ddp_static_graph")
 """Keys of `train` for several processes that each have the whole model."""

@@ -48,7 +48,9 @@ def losses(run: Run) -> list[float]:
 @pytest.mark.parametrize("method", ["full", "lora"])
 def test_sharded_weights_end_as_those_of_one_process(prepare: Prepare, method: str) -> None:
     train = TRAIN | {"method": method}
-    together = prepare(train=train | {"batch_size": 4, "fsdp": "full_shard"}, backend={"kind":"local","processes": 2, "threads": 1})
+    together = prepare(
+        train=train | {"batch_size": 4, "fsdp": "full_shard"}, backend={"kind": "local", "processes": 2, "threads": 1}
+    )
     train_by(together, 2)
     alone = prepare(train=train | {"batch_size": 8})
     fit(alone)

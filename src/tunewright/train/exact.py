@@ -364,6 +364,7 @@ def _save(trainer: Any, state_dict: Any, *, trainable: int, tokens: int, resumed
         "device": str(model.device),
         "trainable_parameters": trainable,
         "parameters": sum(weight.numel() for weight in model.parameters()),
+        "parameters_held": sum(here(weight).numel() for weight in model.parameters()),
         "final_loss": losses[-1] if losses else None,
         "sha256": {path.name: sha256(path) for path in sorted(target.glob("*.safetensors"))},
         **more,

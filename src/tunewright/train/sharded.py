@@ -9,6 +9,8 @@ What is not covered: FSDP1, weights of 4 bits, weights kept on the CPU for a GPU
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +41,8 @@ class Sharded(Trainer):
         state.fsdp_plugin.mixed_precision_policy = half if self.args.bf16 else None
 
     def _prepare_for_training(self, *given: Any, **options: Any) -> Any:
-        model, loader = super()._prepare_for_training(*given, **options)
+        with _ends_together(self.model) if self.is_fsdp_enabled else contextlib.nullcontext():
+            model, loader = super()._prepare_for_training(*given, **options)
         if self.is_fsdp_enabled and self.args.device.type == "cpu":
             for module in _units(model):
                 module.set_force_sum_reduction_for_comms(True)  # gloo adds up, and cannot average
@@ -130,6 +133,21 @@ def _let_go(model: Any) -> None:
 
 def _units(model: Any) -> list[Any]:
     return [module for module in model.modules() if isinstance(module, FSDPModule)]
+
+
+@contextlib.contextmanager
+def _ends_together(model: Any) -> Iterator[None]:
+    """Keep Accelerate from sharding the embeddings and the output layer apart where an adapter trains rows of them:
+    PEFT makes their weights up when asked, so that they do not look shared where they are. They stay with the model's
+    outermost weights, which are gathered for the whole of a forward and backward."""
+    if not any("trainable_tokens" in name for name, _ in model.named_parameters()):
+        yield
+        return
+    model.get_input_embeddings = model.get_output_embeddings = lambda: None
+    try:
+        yield
+    finally:
+        del model.get_input_embeddings, model.get_output_embeddings
 
 
 def _let_accelerate_shard_on_a_cpu(state: Any, options: dict[str, Any]) -> None:
