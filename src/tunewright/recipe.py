@@ -83,7 +83,7 @@ Optimizer = Literal[
 SHARDED_OPTIMIZERS: tuple[Optimizer, ...] = ("adamw_torch", "adamw_torch_fused", "sgd", "rmsprop")
 """Those that were tried on sharded weights. Adagrad makes its state before there are shards, and cannot save it."""
 
-DDP_ONLY = ("ddp_find_unused_parameters", "ddp_bucket_cap_mb", "ddp_broadcast_buffers", "ddp_static_graph")
+DDP_ONLY = ("ddp_find_unused_parameters", "ddp_bucket_cap_mb", "ddp_broadcast_buffers")
 """Keys of `train` for several processes that each have the whole model."""
 
 
@@ -459,7 +459,6 @@ class Train(Section):
     ddp_find_unused_parameters: bool | None = None
     ddp_bucket_cap_mb: int | None = Field(default=None, ge=1)
     ddp_broadcast_buffers: bool | None = None
-    ddp_static_graph: bool | None = None
     ddp_timeout: int = Field(default=1800, ge=1)
     seed: int = Field(default=42, ge=0)
     data_seed: int | None = None
@@ -648,6 +647,7 @@ REFUSED = {
         "nothing is uploaded from training",
     ),
     **dict.fromkeys(("local_rank",), "the backend starts the processes; see backend.processes"),
+    **dict.fromkeys(("ddp_static_graph",), "it fails where a step takes several forwards (tokens_per_forward)"),
     **dict.fromkeys(("ddp_backend",), "the device decides: NCCL between GPUs, gloo between CPUs"),
     **dict.fromkeys(("deepspeed", "parallelism_config"), "a model is sharded by PyTorch's own FSDP; see fsdp"),
     **dict.fromkeys(("accelerator_config",), "the batches and their loss are Tunewright's own"),
