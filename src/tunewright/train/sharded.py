@@ -28,6 +28,8 @@ from tunewright.train.weights import write_weights
 class Sharded(Trainer):
     """Put before a class of Trainer: whole checkpoints of sharded weights. Without `fsdp` it changes nothing."""
 
+    is_fsdp_enabled: bool
+
     def create_accelerator_and_postprocess(self) -> None:
         super().create_accelerator_and_postprocess()
         if not self.args.fsdp:
