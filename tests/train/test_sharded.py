@@ -96,18 +96,22 @@ def test_processes_with_different_numbers_of_forwards_end_with_the_weights_of_on
     assert not list(together.path.rglob("*.new"))
 
 
-def test_an_adapter_its_validation_and_its_best_checkpoint_are_those_of_one_process(
-    prepare: Prepare, spawn: Spawn, tmp_path: Path
+@pytest.mark.parametrize(("method", "rate"), [pytest.param("full", 3e-3, marks=pytest.mark.slow), ("lora", 3e-2)])
+def test_validation_and_the_best_checkpoint_are_those_of_one_process(
+    prepare: Prepare, spawn: Spawn, tmp_path: Path, method: str, rate: float
 ) -> None:
-    train = TRAIN | {"method": "lora", "learning_rate": 3e-2, "tokens_per_forward": FEW_TOKENS, "epochs": 4}
-    best = {"load_best_model_at_end": True, "early_stopping_patience": 1, "early_stopping_threshold": 0.2}
+    train = TRAIN | {"method": method, "learning_rate": rate, "tokens_per_forward": FEW_TOKENS, "epochs": 4}
+    # The highest loss is called the best, so that it is not the last.
+    best = {"load_best_model_at_end": True, "greater_is_better": True, "early_stopping_patience": 1}
     train |= {"eval_strategy": "epoch", "eval_on_start": True} | best
     data = {"validation": tiny_data(tmp_path / "valid", train=8, test=8)["test"]}
     together = prepare(train=train | SHARDED, data=data, backend=TOGETHER)
     manifest = fit_by_two(together, spawn)
     alone = prepare(train=train | {"batch_size": 8}, data=data)
     fit(alone)
-    assert manifest["steps"] == alone.manifest("train")["steps"] < 12
+    assert manifest["steps"] == alone.manifest("train")["steps"] == 6
+    first = load_file(next((together.checkpoints / "checkpoint-3").glob("*model.safetensors")))
+    torch.testing.assert_close(weights(together), first, rtol=0, atol=0)
     assert_same(together, alone, rel=1e-3, atol=1e-4)
 
 
