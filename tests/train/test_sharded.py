@@ -96,7 +96,7 @@ def test_processes_with_different_numbers_of_forwards_end_with_the_weights_of_on
     assert not list(together.path.rglob("*.new"))
 
 
-@pytest.mark.parametrize(("method", "rate"), [pytest.param("full", 3e-3, marks=pytest.mark.slow), ("lora", 3e-2)])
+@pytest.mark.parametrize(("method", "rate"), [pytest.param("full", 3e-3, marks=pytest.mark.slow), ("lora", 3e-3)])
 def test_validation_and_the_best_checkpoint_are_those_of_one_process(
     prepare: Prepare, spawn: Spawn, tmp_path: Path, method: str, rate: float
 ) -> None:
