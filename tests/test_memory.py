@@ -145,3 +145,23 @@ def test_the_estimate_is_within_a_quarter_of_the_measured_peak(tmp_path: Path, k
     )  # fmt: skip
     estimate, peak = json.loads(said.stdout.splitlines()[-1])
     assert 0.75 <= estimate / peak <= 1.25, (estimate, peak)
+
+
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [
+        ("gemma2", {"num_key_value_heads": 1, "head_dim": 16}),  # soft caps
+        ("bloom", {"n_layer": 2, "n_head": 2}),  # biases by distance
+        ("mamba", {"state_size": 4}),  # states
+    ],
+)
+def test_an_architecture_that_takes_no_rows_laid_end_to_end_is_estimated_too(
+    tmp_path: Path, kind: str, options: dict[str, Any]
+) -> None:
+    sizes = {"vocab_size": 300, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    config = AutoConfig.for_model(kind, **sizes | {"intermediate_size": 64} | options)
+    with models.quiet():
+        AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    skeleton = models.skeleton(models.find(str(tmp_path)))
+    one, four = (memory.estimate(skeleton, Train(), "full", "cuda", [64] * rows) for rows in (1, 4))
+    assert 3 * 2000 * 64 < four - one < 3 * 20_000 * 64

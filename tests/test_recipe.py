@@ -177,8 +177,19 @@ def test_what_no_recipe_says_is_named_with_its_line(text: str, said: str) -> Non
             "train: {frozen_layers: 2, adapter: runs/a}",
             "frozen_layers leaves the lower layers alone, and adapter changes",
         ),
-        ("train: {fsdp: true, frozen_layers: 1}", "fsdp is not tried together with frozen_layers"),
-        ("train: {fsdp: true, method: auto}", "fsdp shares the weights of method full or lora, and method is auto"),
+        ("train: {fsdp: hybrid_shard}", "recipe.yaml:5: `train.fsdp`: Input should be a valid boolean"),
+        ("train: {fsdp_config: {version: 2}}", "fsdp_config has the options of fsdp, which is not set; add fsdp"),
+        ("train: {fsdp: true, fsdp_config: {version: 1}}", "recipe.yaml:5: `train.fsdp_config.version`: Input should"),
+        ("train: {fsdp: true, fsdp_config: {cpu_offload: true}}", "`train.fsdp_config` cannot be set: gloo and NCCL"),
+        ("train: {fsdp: true, fsdp_config: {fsdp_min_num_params: 1}}", "cannot be set: each of the model's layers is"),
+        ("train: {fsdp: shard_grad_op, fsdp_config: {reshard_after_forward: true}}", "true contradict; remove one"),
+        ("train: {fsdp: full_shard, method: qlora}", "has weights of 4 bits, and fsdp cannot shard those; use lora"),
+        ("train: {fsdp: full_shard, method: auto}", "auto weighs the memory of one device, and fsdp has several"),
+        ("train: {fsdp: full_shard, frozen_layers: 1}", "frozen_layers starts in the middle of a model, and fsdp"),
+        ("train: {fsdp: full_shard, fp16: true}", "fp16 was not tried with fsdp and is not supported there"),
+        ("train: {fsdp: full_shard, torch_compile: true}", "torch_compile was not tried with fsdp"),
+        ("train: {fsdp: full_shard, optim: adafactor}", "with fsdp choose one of adamw_torch, adamw_torch_fused"),
+        ("train: {fsdp: full_shard, ddp_bucket_cap_mb: 1}", "ddp_bucket_cap_mb is for training without fsdp"),
         ("train: {early_stopping_patience: 2}", "early_stopping_patience needs a validation loss; add eval_strategy"),
         ("train: {eval_strategy: epoch}", "recipe.yaml:5: train.eval_strategy measures the loss on data.validation"),
         ("evaluate:\n  must_beat: few-shot", "recipe.yaml:6: evaluate.must_beat is few-shot, which is not among"),
@@ -559,7 +570,7 @@ def test_a_key_that_is_handed_through_has_a_type_that_transformers_takes(name: s
     if name in ("learning_rate", "bf16"):
         ours -= {type(None), str}  # settled by `check`
     if name == "fsdp":
-        theirs.add(bool)  # documented so; its annotation still is that of the older strings
+        ours -= {bool}  # what it says of its str, it asks for in its documentation
     if float in theirs:
         theirs.add(int)
     assert ours <= theirs
@@ -633,3 +644,20 @@ def test_preference_and_reward_have_their_own_metrics_and_small_steps() -> None:
 )
 def test_what_preference_and_reward_cannot_do_is_refused(text: str, said: str) -> None:
     assert said in refusal(text + "\n")
+
+
+@pytest.mark.parametrize(
+    ("train", "reshards"),
+    [
+        ("fsdp: true", True),
+        ("fsdp: full_shard auto_wrap", True),
+        ("fsdp: shard_grad_op", False),
+        ("fsdp: true, fsdp_config: {reshard_after_forward: false}", False),
+    ],
+)
+def test_what_shards_says_when_weights_are_let_go_of(train: str, reshards: bool) -> None:
+    assert loads(SHORT + f"train: {{{train}}}\n").train.reshards is reshards
+
+
+def test_preference_is_not_sharded() -> None:
+    assert "train.fsdp is for task: classification or chat or pretraining" in refusal(PAIRS + "train: {fsdp: true}")

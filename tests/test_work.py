@@ -21,7 +21,7 @@ import yaml
 from tunewright import life, work
 from tunewright import recipe as recipes
 from tunewright.errors import DataError, DiskFullError, StageError
-from tunewright.run import Run, read_json
+from tunewright.run import Run, read_json, write_json
 from tunewright.testing import tiny_data, tiny_model
 
 
@@ -125,6 +125,13 @@ def test_two_processes_do_not_do_the_same_stage(run: Run, capsys: pytest.Capture
     assert f"another process works on prepare of {run.id}" in capsys.readouterr().err
     assert not run.failure_file("prepare").exists(), "it would be taken for the failure of the one that works"
     assert work.main(["prepare", str(run.path)]) == 0
+
+
+def test_of_several_processes_the_first_that_fails_says_why(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RANK", "1")
+    write_json(run.failure_file("train"), {"kind": "StageError", "message": "the reason"})
+    assert work.main(["train", str(run.path)]) != 0  # it was not prepared
+    assert read_json(run.failure_file("train"))["message"] == "the reason"
 
 
 def test_an_unknown_stage_is_refused_by_the_parser(run: Run) -> None:

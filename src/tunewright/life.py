@@ -222,7 +222,7 @@ def _do(stage: str, run: Run, recipe: Recipe, backend: Backend, watcher: Watcher
                     )
                 )
             settled = run.resolved()["train"]
-            if settled["memory_bytes"] > settled["free_bytes"]:
+            if settled["memory_bytes"] > settled["free_bytes"] and not recipe.train.fsdp:  # each has its share
                 watcher.problem(
                     Problem(
                         f"training will take about {settled['memory_bytes'] / 1e9:.1f} GB of memory and "

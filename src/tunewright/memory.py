@@ -201,7 +201,6 @@ def _kept_by(skeleton: Any, length: int) -> int:
 
     attention.register()
     model = copy.deepcopy(skeleton).train()
-    model.set_attn_implementation(attention.FLAT)
     lean.fuse_gelu(model)
     storages: dict[int, Any] = {}
     own = {weight.untyped_storage()._cdata for weight in model.parameters()}
@@ -212,8 +211,21 @@ def _kept_by(skeleton: Any, length: int) -> int:
             storages[storage._cdata] = storage  # held, or its number would be given to another
         return tensor
 
-    given = attention.lay([[0] * length], "meta")
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        hidden = model.get_decoder()(**given, use_cache=False).last_hidden_state
+    flat = attention.lay([[0] * length], "meta")
+    padded = {"input_ids": flat["input_ids"]}
+    masked = padded | {"attention_mask": flat["attention_mask"]}
+    usual = model.config._attn_implementation
+    # The first way that the architecture takes: without a mask, which the meta device cannot look into, where it can.
+    for way, given in ((attention.FLAT, flat), ("eager", masked), (usual, padded)):
+        storages.clear()
+        try:
+            model.set_attn_implementation(way)
+            with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+                hidden = model.get_decoder()(**given, use_cache=False).last_hidden_state
+        except (ValueError, TypeError, RuntimeError, KeyError, IndexError):
+            if given is padded:
+                raise
+        else:
+            break
     del hidden
     return sum(storage.nbytes() for storage in storages.values())

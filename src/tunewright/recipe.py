@@ -80,6 +80,12 @@ Optimizer = Literal[
 ]
 """What Transformers calls `OptimizerNames`, less GaLore and APOLLO, which need `optim_target_modules`."""
 
+SHARDED_OPTIMIZERS: tuple[Optimizer, ...] = ("adamw_torch", "adamw_torch_fused", "sgd", "rmsprop")
+"""Those that were tried on sharded weights. Adagrad makes its state before there are shards, and cannot save it."""
+
+DDP_ONLY = ("ddp_find_unused_parameters", "ddp_bucket_cap_mb", "ddp_broadcast_buffers")
+"""Keys of `train` for several processes that each have the whole model."""
+
 
 def _one_or_many(value: Any) -> Any:
     return (value,) if isinstance(value, str) else value
@@ -333,6 +339,37 @@ class Grpo(Section):
     """Whether an answer that was cut at its longest is left out of the loss."""
 
 
+class Fsdp(Section):
+    """How weights are sharded. The keys are those of Transformers' `fsdp_config`."""
+
+    version: Literal[2] = 2
+    """FSDP2, with which Transformers replaced the first one."""
+    reshard_after_forward: bool | None = None
+    """Whether a layer's weights are let go of between its forward and its backward, and gathered again. Default: for
+    all but `fsdp: shard_grad_op`."""
+    state_dict_type: Literal["FULL_STATE_DICT"] = "FULL_STATE_DICT"
+    """Checkpoints are whole: any other program reads their weights."""
+
+
+FSDP_REFUSED = {
+    "activation_checkpointing": "say train.gradient_checkpointing; this one draws another dropout the second time",
+    **dict.fromkeys(
+        ("auto_wrap_policy", "transformer_layer_cls_to_wrap", "min_num_params"),
+        "each of the model's layers is sharded by itself",
+    ),
+    **dict.fromkeys(("cpu_offload",), "gloo and NCCL would both be needed, which was not tried on any GPU"),
+    **dict.fromkeys(
+        ("cpu_ram_efficient_loading", "sync_module_states"),
+        "each process tries the model before it is sharded, so it reads all of it",
+    ),
+    **dict.fromkeys(
+        ("backward_prefetch", "forward_prefetch", "limit_all_gathers", "use_orig_params"), "it belongs to FSDP1"
+    ),
+    **dict.fromkeys(("xla", "xla_fsdp_settings", "xla_fsdp_grad_ckpt", "xla_fsdp_v2"), "TPUs are not supported"),
+}
+"""Keys of Transformers' `fsdp_config` that ours does not take, each with the reason."""
+
+
 class Train(Section):
     """How to train. Keys beyond the first block carry the names of Transformers' `TrainingArguments`."""
 
@@ -388,9 +425,6 @@ class Train(Section):
     fp16: bool = False
     tf32: bool | None = None
     use_cpu: bool = False
-    fsdp: bool = False
-    """Whether the processes of `backend.processes` each keep a share of the weights, gradients and optimizer's state
-    (PyTorch's FSDP2), for a model that does not fit one device. By default each has them all (DDP)."""
     gradient_checkpointing: bool = False
     gradient_checkpointing_kwargs: Options | None = None
     torch_compile: bool = False
@@ -417,6 +451,15 @@ class Train(Section):
     early_stopping_threshold: float = Field(default=0.0, ge=0)
     """What counts as better: by more than this."""
     greater_is_better: bool | None = None
+    fsdp: bool | Literal["full_shard", "shard_grad_op", "full_shard auto_wrap", "shard_grad_op auto_wrap"] = False
+    """Shard the weights, gradients and optimizer state over `backend.processes`, for a model that does not fit one
+    device. true, as full_shard: weights are let go of after each layer's forward; shard_grad_op: after its backward."""
+    fsdp_config: Fsdp = Fsdp()
+    """Options of `fsdp`."""
+    ddp_find_unused_parameters: bool | None = None
+    ddp_bucket_cap_mb: int | None = Field(default=None, ge=1)
+    ddp_broadcast_buffers: bool | None = None
+    ddp_timeout: int = Field(default=1800, ge=1)
     seed: int = Field(default=42, ge=0)
     data_seed: int | None = None
     full_determinism: bool = False
@@ -461,10 +504,9 @@ class Train(Section):
         if self.frozen_layers and (self.adapter is not None or self.neftune_noise_alpha):
             other = "adapter" if self.adapter is not None else "neftune_noise_alpha"
             raise ValueError(f"frozen_layers leaves the lower layers alone, and {other} changes them; remove one")
-        if self.fsdp:
-            self._shares_what_can_be_shared()
         if self.early_stopping_threshold and not self.early_stopping_patience:
             raise ValueError("early_stopping_threshold does nothing without early_stopping_patience")
+        self._can_be_sharded()
         if self.load_best_model_at_end:
             self._saves_what_it_measures()
         if not self.dataloader_num_workers:
@@ -473,12 +515,37 @@ class Train(Section):
                     raise ValueError(f"{key} is for worker processes; set dataloader_num_workers")
         return self
 
-    def _shares_what_can_be_shared(self) -> None:
-        if self.method not in ("full", "lora"):
-            raise ValueError(f"fsdp shares the weights of method full or lora, and method is {self.method}; say which")
-        for key in ("frozen_layers", "gradient_checkpointing", "torch_compile", "fp16", "adapter"):
+    @property
+    def reshards(self) -> bool:
+        """Whether `fsdp` lets go of a layer's weights between its forward and its backward."""
+        chosen = self.fsdp_config.reshard_after_forward
+        return "shard_grad_op" not in str(self.fsdp) if chosen is None else chosen
+
+    def _can_be_sharded(self) -> None:
+        """What `fsdp` needs, and what it cannot do."""
+        if not self.fsdp:
+            if "fsdp_config" in self.model_fields_set:
+                raise ValueError("fsdp_config has the options of fsdp, which is not set; add fsdp: full_shard")
+            return
+        if self.method == "qlora":
+            raise ValueError("method: qlora has weights of 4 bits, and fsdp cannot shard those; use lora")
+        if self.method == "auto":
+            raise ValueError("method: auto weighs the memory of one device, and fsdp has several; say lora or full")
+        if self.frozen_layers:
+            raise ValueError("frozen_layers starts in the middle of a model, and fsdp gathers it from its first layer")
+        for key in ("fp16", "torch_compile"):
             if getattr(self, key):
-                raise ValueError(f"fsdp is not tried together with {key}; remove one")
+                raise ValueError(f"{key} was not tried with fsdp and is not supported there; remove one of them")
+        if self.optim not in SHARDED_OPTIMIZERS:
+            raise ValueError(
+                f"optim: {self.optim} was not tried on sharded weights; with fsdp choose one of "
+                + ", ".join(SHARDED_OPTIMIZERS)
+            )
+        own = self.fsdp_config.reshard_after_forward
+        if isinstance(self.fsdp, str) and own not in (None, "full_shard" in self.fsdp):
+            raise ValueError(f"fsdp: {self.fsdp} and reshard_after_forward: {str(own).lower()} contradict; remove one")
+        for key in sorted(self.model_fields_set & {*DDP_ONLY}):
+            raise ValueError(f"{key} is for training without fsdp, where each process has the whole model; remove it")
 
     def _saves_what_it_measures(self) -> None:
         """The best checkpoint can only be loaded if there is one for each measurement."""
@@ -579,21 +646,12 @@ REFUSED = {
         ),
         "nothing is uploaded from training",
     ),
-    **dict.fromkeys(
-        (
-            "local_rank",
-            "ddp_find_unused_parameters",
-            "ddp_static_graph",
-            "ddp_backend",
-            "accelerator_config",
-            "average_tokens_across_devices",
-        ),
-        "backend.processes sees to it",
-    ),
-    **dict.fromkeys(
-        ("fsdp_config", "deepspeed", "parallelism_config", "ddp_bucket_cap_mb", "ddp_broadcast_buffers", "ddp_timeout"),
-        "several devices train by DDP, or by FSDP as it comes (train.fsdp)",
-    ),
+    **dict.fromkeys(("local_rank",), "the backend starts the processes; see backend.processes"),
+    **dict.fromkeys(("ddp_static_graph",), "it fails where a step takes several forwards (tokens_per_forward)"),
+    **dict.fromkeys(("ddp_backend",), "the device decides: NCCL between GPUs, gloo between CPUs"),
+    **dict.fromkeys(("deepspeed", "parallelism_config"), "a model is sharded by PyTorch's own FSDP; see fsdp"),
+    **dict.fromkeys(("accelerator_config",), "the batches and their loss are Tunewright's own"),
+    **dict.fromkeys(("average_tokens_across_devices",), "each target counts the same, whichever device it falls to"),
     **dict.fromkeys(("use_liger_kernel", "liger_kernel_config"), "it patches model classes for the whole process"),
     **dict.fromkeys(("activation_checkpointing", "activation_checkpointing_kwargs"), "say gradient_checkpointing"),
     **dict.fromkeys(("optim_target_modules",), "only layer-wise optimizers read it; choose modules with lora"),
@@ -663,6 +721,8 @@ NOT_IN_EVERY_TASK: dict[str, tuple[Task, ...]] = {
     "grpo": ("reward",),
     "tokens_per_forward": ("classification", "chat", "pretraining"),
     "frozen_layers": ("classification", "chat", "pretraining"),
+    "fsdp": ("classification", "chat", "pretraining"),
+    "fsdp_config": ("classification", "chat", "pretraining"),
 }
 """Keys of `train` that some tasks do not read."""
 
@@ -1186,7 +1246,9 @@ def _keys_in(location: Sequence[str | int]) -> tuple[list[str | int], type[Secti
 
 def _is_branch(part: str | int) -> bool:
     """Whether a part of pydantic's location is no key but one of the types that a key may have."""
-    return isinstance(part, str) and (part in ("str", "[key]") or part.startswith(("function-", "tuple[", "dict[")))
+    return isinstance(part, str) and (
+        part in ("str", "bool", "[key]") or part.startswith(("function-", "tuple[", "dict[", "literal["))
+    )
 
 
 def _nearest_value(message: str, given: Any) -> str:
@@ -1203,6 +1265,8 @@ def _unknown_key(path: list[Any], grader: type[Section] | None) -> str:
     inside = f" in `{'.'.join(map(str, parents))}`" if parents else ""
     if section is Train and key in RENAMED:
         return f"`{key}`{inside} is called `{RENAMED[key]}` here"
+    if section is Fsdp and (why := FSDP_REFUSED.get(str(key).removeprefix("fsdp_"))):
+        return f"`{key}`{inside} cannot be set: {why}"
     if section is Train and key in REFUSED:
         return f"`{key}`{inside} cannot be set: {REFUSED[key]}"
     known = _keys(section) if section else []

@@ -65,7 +65,10 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _report(run: Run, stage: str, kind: str, message: str) -> None:
-    """What the backend tells whoever asked; where the disk is full, the log alone has it."""
+    """What the backend tells whoever asked; where the disk is full, the log alone has it. Of several processes the
+    first says it: the others fail because it does."""
+    if "RANK" in os.environ and run.failure_file(stage).is_file():
+        return
     try:
         write_json(run.failure_file(stage), {"kind": kind, "message": message})
     except DiskFullError:

@@ -9,6 +9,7 @@ import signal
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -50,11 +51,21 @@ def test_several_processes_are_refused_where_training_has_one(task: str, said: l
     assert [problem.message[: len(one)] for problem, one in zip(found, said, strict=True)] == said
 
 
-def test_weights_are_not_shared_with_nobody() -> None:
-    given = {"name": "t", "model": "m", "task": "chat", "data": {"train": "a.jsonl"}, "train": {"fsdp": True}}
+@pytest.mark.parametrize(
+    ("train", "said"),
+    [
+        (
+            {"fsdp": "full_shard"},
+            "train.fsdp shards the weights over several processes, and backend.processes is 1; set",
+        ),
+        ({"ddp_timeout": 60}, "train.ddp_timeout is for several processes, and backend.processes is 1; leave it out"),
+    ],
+)
+def test_what_needs_several_processes_is_refused_with_one(train: dict[str, Any], said: str) -> None:
+    given = {"name": "t", "model": "m", "task": "chat", "data": {"train": "a.jsonl"}, "train": train}
     recipe = recipes.Recipe.model_validate(given)
     (problem,) = LocalBackend({}).check(recipe, ("train",))
-    assert problem.message.startswith("train.fsdp: backend.processes is 1")
+    assert problem.message.startswith(said)
     assert LocalBackend({"processes": 2}).check(recipe, ("train",)) == []
 
 

@@ -53,8 +53,8 @@ def spawn() -> Spawn:
         ["training", "tunewright.train.supervised", "tunewright.train.reward", "tunewright.train.preference", "peft"]
     )
 
-    def start(run: Run) -> BaseProcess:
-        process = context.Process(target=training.child, args=(str(run.path),))
+    def start(run: Run, **environment: str) -> BaseProcess:
+        process = context.Process(target=training.child, args=(str(run.path), environment))
         process.start()
         return process
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import sys
 import time
 from collections.abc import Callable
@@ -20,7 +21,7 @@ from tunewright.tracking import Tracker
 from tunewright.train import checkpoints, exact, supervised
 
 Prepare = Callable[..., Run]
-Spawn = Callable[[Run], BaseProcess]
+Spawn = Callable[..., BaseProcess]
 
 
 def fit(run: Run) -> dict[str, Any]:
@@ -69,6 +70,23 @@ def end(run: Run, spawn: Spawn, how: signal.Signals, when: Any) -> int | None:
     return code
 
 
+def two(run: Run, spawn: Spawn) -> list[BaseProcess]:
+    """Two processes that train together, as torchrun would start them."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    place = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    return [spawn(run, **place, RANK=rank, LOCAL_RANK=rank) for rank in ("0", "1")]
+
+
+def fit_by_two(run: Run, spawn: Spawn) -> dict[str, Any]:
+    """Train in two processes to the end; gives the manifest."""
+    for process in two(run, spawn):
+        process.join(120)
+        assert process.exitcode == 0, (run.path / "train.out").read_text()
+    return run.manifest("train")
+
+
 def stop_at(run: Run, step: int) -> None:
     """Train in this process, which gets a SIGTERM during a step."""
 
@@ -82,8 +100,9 @@ def stop_at(run: Run, step: int) -> None:
         fit(run)
 
 
-def child(path: str) -> None:
+def child(path: str, environment: dict[str, str]) -> None:
     """What a spawned process does: `python -m tunewright.work train RUN`, its output into a file."""
+    os.environ |= environment
     torch.set_num_threads(1)
     with open(Path(path) / "train.out", "ab") as log:
         os.dup2(log.fileno(), 1)

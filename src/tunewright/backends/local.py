@@ -68,10 +68,19 @@ class LocalBackend:
         problems = []
         if self.settings.processes > 1 and recipe.task in ("preference", "reward"):
             problems.append(Problem(f"backend.processes: task: {recipe.task} trains in one process; leave it out"))
-        if recipe.train.fsdp and self.settings.processes == 1:
-            problems.append(
-                Problem("train.fsdp: backend.processes is 1, so there is nobody to share with; raise it or remove fsdp")
-            )
+        if self.settings.processes == 1:
+            if recipe.train.fsdp:
+                problems.append(
+                    Problem(
+                        "train.fsdp shards the weights over several processes, and backend.processes is 1; set it to "
+                        "the number of GPUs, or leave out fsdp"
+                    )
+                )
+            problems += [
+                Problem(f"train.{key} is for several processes, and backend.processes is 1; leave it out")
+                for key in sorted(recipe.train.model_fields_set)
+                if key.startswith("ddp_")
+            ]
         if "deploy" in stages:
             if recipe.deploy.content_filter != "off":
                 problems.append(

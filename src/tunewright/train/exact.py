@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import distributed
 from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, TrainingArguments
 
 from tunewright.errors import RecipeError, StageError
@@ -26,7 +25,8 @@ from tunewright.recipe import Recipe
 from tunewright.run import Run, append_json, write_json, write_text
 from tunewright.tracking import Tracker
 from tunewright.train import checkpoints
-from tunewright.train.together import is_first, meet
+from tunewright.train.sharded import here, is_sharded, whole
+from tunewright.train.together import gather, is_first, meet
 from tunewright.train.weights import sha256, write_weights
 
 OURS = {
@@ -48,6 +48,8 @@ OURS = {
     "save_total_limit",
     "gradient_checkpointing",
     "gradient_checkpointing_kwargs",
+    "fsdp",
+    "fsdp_config",
 }
 """Keys of the recipe's `train` that are not handed to TrainingArguments under their own name."""
 
@@ -86,9 +88,9 @@ def drive(trainer: Any, watch: Watch, *, tokens: int, **more: Any) -> None:
     if watch.stopping:
         raise InterruptedError(f"stopped at step {trainer.state.global_step} of {trainer.state.max_steps}")
     trainer.refuse_broken_weights()
-    gathered = trainer.gathered()
+    state_dict = whole(trainer.model) if is_sharded(trainer.model) else None
     if is_first():
-        _save(trainer.run, trainer.recipe, trainer, gathered, trainable, tokens, resumed=start, **more)
+        _save(trainer, state_dict, trainable=trainable, tokens=tokens, resumed=start, **more)
     meet()
 
 
@@ -107,6 +109,17 @@ def arguments(
     if train.gradient_checkpointing:
         given["activation_checkpointing"] = True
         given["activation_checkpointing_kwargs"] = train.gradient_checkpointing_kwargs
+    if train.fsdp:
+        if int(os.environ.get("WORLD_SIZE", 1)) < 2:
+            raise RecipeError("train.fsdp shards the weights over processes, and there is one; leave it out")
+        if device == "cpu" and torch.accelerator.is_available():
+            raise RecipeError("train.fsdp shards over this machine's GPUs; remove train.use_cpu, or leave out fsdp")
+        given["fsdp"] = True
+        given["fsdp_config"] = {
+            "version": train.fsdp_config.version,
+            "state_dict_type": train.fsdp_config.state_dict_type,
+            "reshard_after_forward": train.reshards,
+        }
     given |= {
         "output_dir": str(run.checkpoints),
         "num_train_epochs": train.epochs,
@@ -218,9 +231,11 @@ class Exact(Trainer):
         )
 
     def refuse_broken_weights(self) -> None:
-        """Nothing is saved that holds a weight which is no number."""
-        trained = [weight.detach().abs().max() for weight in self.model.parameters() if weight.requires_grad]
-        self.refuse_nan("largest weight", torch.stack(trained).max(), self.state.global_step)
+        """Nothing is saved that holds a weight which is no number; all processes find it, whoever holds it."""
+        trained = [here(weight.detach()) for weight in self.model.parameters() if weight.requires_grad]
+        own = torch.stack([weight.abs().max() for weight in trained if weight.numel()] or [torch.zeros(())]).max()
+        for largest in gather(float(own)):
+            self.refuse_nan("largest weight", torch.tensor(largest), self.state.global_step)
 
     def _run_epoch(self, **options: Any) -> None:
         """As Trainer's, from where the checkpoint stood: its loss since the last log, no step beyond the last."""
@@ -240,19 +255,20 @@ class Exact(Trainer):
         """A checkpoint is sealed once MLflow has it and every number up to it, so a resume has nothing to make up."""
         self.refuse_broken_weights()
         super()._save_checkpoint(model, trial)
-        meet()  # each process has written its own part
+        losses = gather(self._tr_loss.item())  # each process has written its own part
         if is_first():
-            self._seal(Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}")
+            folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
+            self._seal(folder, loss_since_log=sum(losses) / len(losses))
         meet()
 
-    def _seal(self, folder: Path) -> None:
+    def _seal(self, folder: Path, *, loss_since_log: float) -> None:
         self.tracker.flush()
         if self.recipe.tracking.checkpoints:
             self.tracker.checkpoint(folder, [name for name in checkpoints.WEIGHTS if (folder / name).is_file()])
         checkpoints.seal(
             folder,
             seconds=self.seconds,
-            loss_since_log=self._tr_loss.item(),
+            loss_since_log=loss_since_log,
             logged_at=self._globalstep_last_logged,
             **self.sealed_facts(),
         )
@@ -260,10 +276,6 @@ class Exact(Trainer):
             Path(self.args.output_dir), self.recipe.train.save_total_limit, best=self.state.best_model_checkpoint
         )
         self.run.event("train", "checkpoint", step=self.state.global_step)
-
-    def gathered(self) -> dict[str, Any] | None:
-        """The whole weights, where each process holds a share of them; every process has to ask."""
-        return self.accelerator.get_state_dict(self.model) if self.is_fsdp_enabled else None
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         if is_first():
@@ -309,12 +321,7 @@ class Watch(TrainerCallback):
 
     def _all_stop(self) -> bool:
         """Whether any of the processes was asked to stop; all of them stop at the same step, or none."""
-        if not distributed.is_initialized():
-            return self.asked_to_stop
-        asked = torch.tensor(int(self.asked_to_stop))
-        asked = asked.cuda() if distributed.get_backend() == "nccl" else asked
-        distributed.all_reduce(asked, distributed.ReduceOp.MAX)
-        return bool(asked.item())
+        return any(gather(self.asked_to_stop))
 
     def _show(self, state: Any) -> None:
         if not is_first():
@@ -335,22 +342,13 @@ def _rewind(run: Run, step: int) -> None:
     write_text(run.metrics_file, "".join(json.dumps(entry) + "\n" for entry in kept))
 
 
-def _save(
-    run: Run,
-    recipe: Recipe,
-    trainer: Any,
-    gathered: dict[str, Any] | None,
-    trainable: int,
-    tokens: int,
-    *,
-    resumed: Path | None,
-    **more: Any,
-) -> None:
-    """The trained weights, then train/manifest.json."""
+def _save(trainer: Any, state_dict: Any, *, trainable: int, tokens: int, resumed: Path | None, **more: Any) -> None:
+    """The trained weights (`state_dict`, where they were gathered), then train/manifest.json."""
+    run: Run = trainer.run
     target = run.trained(run.method)
     fresh = target.with_name(f".{target.name}.new")
     shutil.rmtree(fresh, ignore_errors=True)
-    write_weights(trainer.model, fresh, gathered)
+    write_weights(trainer.model, fresh, state_dict)
     shutil.rmtree(target, ignore_errors=True)
     os.replace(fresh, target)
     model = trainer.model
@@ -366,6 +364,7 @@ def _save(
         "device": str(model.device),
         "trainable_parameters": trainable,
         "parameters": sum(weight.numel() for weight in model.parameters()),
+        "parameters_held": sum(here(weight).numel() for weight in model.parameters()),
         "final_loss": losses[-1] if losses else None,
         "sha256": {path.name: sha256(path) for path in sorted(target.glob("*.safetensors"))},
         **more,

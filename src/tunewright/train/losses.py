@@ -40,6 +40,8 @@ def attach(model: Any, *, narrow: bool = True) -> Callable[[], None]:
         narrow: Whether the last layer works at the kept places alone.
     """
     own_forward, narrowing = model.forward, Narrowing(model if narrow else None)
+    head = model.get_output_embeddings()
+    take_off = _put_loss_into(head)
 
     def forward(
         self: Any, *given: Any, kept: Tensor | None = None, targets: Tensor | None = None, **options: Any
@@ -51,28 +53,33 @@ def attach(model: Any, *, narrow: bool = True) -> Callable[[], None]:
         # Stays until the next batch: with gradient checkpointing the layer runs again on the way back.
         narrowing.kept = kept if len(kept) < NARROW_BELOW * options["input_ids"].numel() else None
         hidden_TD = self.get_decoder()(*given, **options).last_hidden_state.flatten(0, 1)
-        total = head_loss(hidden_TD[kept], self.get_output_embeddings(), targets)
+        total = head(hidden_TD[kept], targets=targets)
         return CausalLMOutput(loss=total / (len(targets) if number is None else number))
 
     def detach() -> None:
         narrowing.undo()
+        take_off()
         del model.forward  # of the instance; its class has the own one
 
     model.forward = types.MethodType(forward, model)
     return detach
 
 
-def head_loss(hidden_KD: Tensor, head: Any, targets_K: Tensor) -> Tensor:
+def head_loss(
+    hidden_KD: Tensor, head: Any, targets_K: Tensor, own_forward: Callable[[Tensor], Tensor] | None = None
+) -> Tensor:
     """Summed negative log-likelihood (nats) of the targets, from the hidden states that predict them.
 
     Logits exist for a slice of places at a time, and the gradients are computed with them, so that nothing is kept or
     computed again for the way back.
     """
-    if type(head) is torch.nn.Linear:
+    if type(head).forward is torch.nn.Linear.forward:  # also where sharding made a class of its own of it
         return _HeadLoss.apply(hidden_KD, head.weight, head.bias, targets_K, max(1, SLICE // head.weight.shape[0]))
     total = hidden_KD.new_zeros((), dtype=torch.float32)
     for hidden_CD, targets_C in zip(hidden_KD.split(1024), targets_K.split(1024), strict=True):
-        total = total + torch.utils.checkpoint.checkpoint(_slice_loss, head, hidden_CD, targets_C, use_reentrant=False)
+        total = total + torch.utils.checkpoint.checkpoint(
+            _slice_loss, own_forward or head, hidden_CD, targets_C, use_reentrant=False
+        )
     return total
 
 
@@ -94,6 +101,25 @@ def agrees(model: Any, batch: dict[str, Any]) -> bool:
     finally:
         model.train(was_training)
     return bool((ours - theirs).abs() <= SAME * theirs.abs())
+
+
+def _put_loss_into(head: Any) -> Callable[[], None]:
+    """Let the head's forward take `targets`, and give their loss. Where weights are sharded, a module's own are there
+    while it is called, and not before."""
+    if head is None:
+        return lambda: None
+    own_forward: Callable[..., Tensor] = head.forward
+
+    def forward(hidden: Tensor, *given: Any, targets: Tensor | None = None, **options: Any) -> Tensor:
+        if targets is None:
+            return own_forward(hidden, *given, **options)
+        return head_loss(hidden, head, targets, own_forward)
+
+    def take_off() -> None:
+        del head.forward  # of the instance
+
+    head.forward = forward
+    return take_off
 
 
 class Narrowing:

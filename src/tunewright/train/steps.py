@@ -5,14 +5,11 @@ backward for each; then Transformers' Trainer clips the gradients and steps the 
 from __future__ import annotations
 
 import contextlib
-import math
 import sys
 from collections.abc import Sequence
 from typing import Any
 
 import torch
-from accelerate import PartialState
-from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from transformers import Trainer
 
 from tunewright import attention
@@ -21,7 +18,7 @@ from tunewright.lean import slim
 from tunewright.train import losses
 from tunewright.train.assembling import Layout, Row, assemble, into_bins
 from tunewright.train.frozen import Lower
-from tunewright.train.together import most
+from tunewright.train.together import gather
 
 
 class Steps(Trainer):
@@ -34,24 +31,11 @@ class Steps(Trainer):
         self.pad_id = pad_id
         self.budget = budget
         self.at_work: list[Row] = []
+        self.counts = True
         super().__init__(**options)
         trained = sum(weight.numel() for weight in self.model.parameters() if weight.requires_grad)
         weights = sum(weight.numel() for weight in self.model.parameters())
         self.flops_per_token: int = 4 * weights + 2 * trained
-
-    def create_accelerator_and_postprocess(self) -> None:
-        """As Trainer's; where processes share the weights, these stay as they are and autocast alone says what is
-        multiplied in bfloat16. Without a GPU Accelerate has to be told of the sharing: it goes on with DDP, silently.
-        """
-        super().create_accelerator_and_postprocess()
-        if not self.args.fsdp:
-            return
-        state = self.accelerator.state
-        if not self.is_fsdp_enabled:
-            PartialState().distributed_type = state.distributed_type = DistributedType.FSDP
-            state.fsdp_plugin = FullyShardedDataParallelPlugin(**self.args.fsdp_plugin_args)
-            self.is_fsdp_enabled = True
-        state.fsdp_plugin.mixed_precision_policy = None
 
     def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> torch.Tensor:
         """Loss per target of one optimizer step; its gradients are added up.
@@ -73,22 +57,34 @@ class Steps(Trainer):
         return loss
 
     def _step(self, model: Any, rows: Sequence[Row], num_items_in_batch: Any) -> torch.Tensor:
-        """Forward and backward for each bin."""
-        bins = into_bins([len(row.ids) for row in rows], self.budget, layout=self.layout)
+        """Forward and backward for each bin.
+
+        Where the weights are sharded, all processes run as many as the one with most: else it would wait for layers
+        that the others no longer gather. What a process has too few is its shortest row again, which counts nothing.
+        """
+        lengths = [len(row.ids) for row in rows]
+        bins = into_bins(lengths, self.budget, layout=self.layout)
+        counted = len(bins)
+        if self.is_fsdp_enabled:
+            shortest = min(range(len(rows)), key=lengths.__getitem__)
+            bins += [[shortest]] * (int(max(gather(counted))) - counted)
         total = torch.zeros((), device=self.args.device)
-        forwards = most(len(bins), self.args.device) if self.is_fsdp_enabled else len(bins)
-        for number in range(forwards):
-            self.at_work = [rows[place] for place in bins[min(number, len(bins) - 1)]]
+        for number, held in enumerate(bins, start=1):
+            self.at_work = [rows[place] for place in held]
             batch = assemble(self.at_work, self.layout, self.pad_id)
-            if number >= len(bins):  # the others still need this process's share of the weights
-                num_items_in_batch = torch.tensor(math.inf, device=self.args.device)
-            last = number == forwards - 1
-            synced = contextlib.nullcontext() if last else self.accelerator.no_sync(model)
+            self.counts = number <= counted
+            # Sharded gradients are added up over the processes for each bin: until then each process has all of them.
+            synced = self.is_fsdp_enabled or number == len(bins)
+            alone = contextlib.nullcontext() if synced else self.accelerator.no_sync(model)
             below = self.lower.of(self.at_work, self.layout) if self.lower else contextlib.nullcontext()
-            with synced, below:
+            with alone, below:
                 total += super().training_step(model, batch, num_items_in_batch)
         self.at_work = list(rows)
         return total
+
+    def compute_loss(self, *given: Any, **options: Any) -> Any:
+        loss = super().compute_loss(*given, **options)
+        return loss if self.counts else loss * 0.0
 
     def _make_smaller(self, model: Any, rows: Sequence[Row]) -> None:
         """Half the tokens in a forward, so about twice as many forwards for a step: the same sums in other pieces."""

@@ -23,6 +23,7 @@ from tunewright.train import checkpoints, exact
 from tunewright.train.assembling import LengthGrouped, Rows, collate
 from tunewright.train.exact import Exact
 from tunewright.train.frozen import Lower
+from tunewright.train.sharded import Sharded
 from tunewright.train.steps import Steps, settle
 from tunewright.train.weights import Base, trainable
 
@@ -54,7 +55,7 @@ def fit(run: Run, tracker: Tracker) -> None:
     set_seed(recipe.train.seed)
     model = trainable(run, base)
     layout = settle(model, len(tokenizer), resolved["max_length"])
-    if resolved["train"]["bf16"] and hasattr(model, "peft_config") and not recipe.train.fsdp:
+    if resolved["train"]["bf16"] and hasattr(model, "peft_config"):
         halve_frozen(model)
     budget = resolved["train"]["tokens_per_forward"]
     start = exact.begin(run)
@@ -88,8 +89,8 @@ def fit(run: Run, tracker: Tracker) -> None:
     run.lower_file.unlink(missing_ok=True)
 
 
-class SupervisedTrainer(Steps, Exact):
-    """Steps of bins, an exact validation loss, and what `Exact` keeps."""
+class SupervisedTrainer(Steps, Sharded, Exact):
+    """Steps of bins, weights that may be sharded, an exact validation loss, and what `Exact` keeps."""
 
     def __init__(
         self,

@@ -1,10 +1,8 @@
-"""Several processes that train together: which of them writes, and where they wait for each other. One by itself is the
-first, and waits for nobody.
+"""Several processes that train together: which of them writes, where they wait for each other, and what each of them
+has. One by itself is the first, and waits for nobody.
 """
 
 from __future__ import annotations
-
-from typing import Any
 
 import torch
 from torch import distributed
@@ -21,10 +19,12 @@ def meet() -> None:
         distributed.barrier()
 
 
-def most(number: int, device: Any) -> int:
-    """The largest of the numbers that the processes call it with."""
+def gather(number: float) -> list[float]:
+    """The number that each process comes here with; all of them get the same list."""
     if not distributed.is_initialized():
-        return number
-    largest = torch.tensor(number, device=device)
-    distributed.all_reduce(largest, distributed.ReduceOp.MAX)
-    return int(largest)
+        return [number]
+    own = torch.tensor(number, dtype=torch.float64)
+    own = own.cuda() if distributed.get_backend() == "nccl" else own
+    all_of_them = [torch.zeros_like(own) for _ in range(distributed.get_world_size())]
+    distributed.all_gather(all_of_them, own)
+    return [float(one) for one in all_of_them]

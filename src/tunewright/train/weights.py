@@ -41,7 +41,7 @@ def trainable(run: Run, base: Base) -> Any:
         RecipeError: the adapter does not fit this base.
     """
     train, tokenizer, equipment = run.recipe().train, base.tokenizer, base.equipment
-    device = "cpu" if train.fsdp else base.device  # where weights are to be shared, no device needs to hold them all
+    device = "cpu" if train.fsdp else base.device  # a shard moves on from there, layer by layer
     model = models.load_in_4_bits(base.ref) if run.method == "qlora" else models.load_model(base.ref, device=device)
     models.grow(model, len(tokenizer))
     if train.frozen_layers:
@@ -84,9 +84,7 @@ def write_weights(model: Any, folder: Path, state_dict: dict[str, Any] | None = 
     adapter = hasattr(model, "peft_config")
     options: dict[str, Any] = {"save_embedding_layers": False} if adapter else {}
     if state_dict is not None:  # gathered from the processes that each hold a part
-        again = {name for name, _ in model.named_parameters(remove_duplicate=False)}
-        again -= {name for name, _ in model.named_parameters()}  # gathered twice, what two modules share
-        options["state_dict"] = {name: weight for name, weight in state_dict.items() if name not in again}
+        options["state_dict"] = state_dict
     if not adapter:
         model.generation_config = savable(model.generation_config)
     with models.quiet():
