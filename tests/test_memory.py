@@ -138,7 +138,7 @@ def test_the_estimate_is_within_a_quarter_of_the_measured_peak(tmp_path: Path, k
     else:
         AutoModelForCausalLM.from_config(AutoConfig.for_model("gpt2", **shape)).save_pretrained(str(tmp_path / "model"))
         folder = tmp_path / "model"
-    environment = os.environ | {"OMP_WAIT_POLICY": "PASSIVE"}
+    environment = os.environ | {"OMP_WAIT_POLICY": "PASSIVE", "THP_MEM_ALLOC_ENABLE": "1"}
     said = subprocess.run(
         [sys.executable, "-W", "ignore", "-c", CHILD, str(folder), method],
         env=environment, capture_output=True, text=True, check=True,
