@@ -22,7 +22,7 @@ from typing import Any
 from bench.train import Rival, measure
 
 SEEDS = range(5)
-TARGETS = (0.55, 0.60, 0.65)
+TARGETS = (0.55, 0.60, 0.65, 0.70)
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,8 @@ class Objective:
 
 LAB = Objective("all", 2, 1e-3, 3.0, evaluations=12)
 LABEL = Objective("label", 8, 1e-3, 2.0)
-"""The learning rates are the best of those tried on seed 0: 1e-4, 5e-4 and 1e-3 for the lab's, 5e-4 and 1e-3 here."""
+"""1e-3 was better than 5e-4 here, on seed 0 and the same test reviews; at none of 1e-4, 5e-4 and 1e-3 was the lab's
+recipe above chance after an epoch."""
 RIVALS = {
     "lab: padded to 1,024, batch 2, all tokens, float32": (
         LAB,
