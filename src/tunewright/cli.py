@@ -49,6 +49,34 @@ ResumeOption = Annotated[
 ]
 AgainOption = Annotated[bool, typer.Option("--again", help="Do this stage again, and forget the stages after it.")]
 RUNS = Path("runs")
+DataOption = Annotated[
+    Path,
+    typer.Option("--data", metavar="DIR", help="Everything that the server keeps.", envvar="TUNEWRIGHT_DATA"),
+]
+DatabaseOption = Annotated[
+    str | None,
+    typer.Option(
+        "--database",
+        metavar="URL",
+        help="PostgreSQL, such as postgresql://user@host/name. Default: SQLite in --data.",
+        envvar="TUNEWRIGHT_DATABASE",
+    ),
+]
+FilesOption = Annotated[
+    str | None,
+    typer.Option(
+        "--files",
+        metavar="URL",
+        help="Where uploaded files lie: a folder, or an object store by fsspec URL. Default: in --data.",
+        envvar="TUNEWRIGHT_FILES",
+    ),
+]
+DATA = Path("tunewright-data")
+
+keys = typer.Typer(name="keys", help="The keys that open the server.", no_args_is_help=True)
+models = typer.Typer(name="models", help="The bases that clients of the server can name.", no_args_is_help=True)
+app.add_typer(keys)
+app.add_typer(models)
 
 
 def main() -> None:
@@ -271,6 +299,138 @@ def demo(
     screen.next_steps(life.folder)
     print(life.folder.path)
     raise typer.Exit(code)
+
+
+@app.command()
+def serve(
+    data: DataOption = DATA,
+    host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes any free one.")] = 8000,
+    database: DatabaseOption = None,
+    files: FilesOption = None,
+    workers: Annotated[int, typer.Option(min=0, help="Worker processes to start beside it.")] = 1,
+    sets: SetOption = None,
+) -> None:
+    """Serve the OpenAI and Azure OpenAI fine-tuning API, until Ctrl-C or SIGTERM."""
+    from tunewright.server import process
+
+    process.serve(_settings(data, database, files, sets), host=host, port=port, workers=workers)
+
+
+@app.command()
+def worker(
+    data: DataOption = DATA,
+    database: DatabaseOption = None,
+    files: FilesOption = None,
+    sets: SetOption = None,
+    with_parent: Annotated[bool, typer.Option("--with-parent", help="End when standard input ends.")] = False,
+) -> None:
+    """Work on the server's fine-tuning jobs, until Ctrl-C or SIGTERM. `serve` starts one by itself."""
+    from tunewright.server import process
+
+    process.work(_settings(data, database, files, sets), with_parent=with_parent)
+
+
+@keys.command("create")
+def create_key(
+    name: Annotated[str, typer.Argument(metavar="NAME", help="What the key is called in lists and logs.")],
+    data: DataOption = DATA,
+    scope: Annotated[
+        str, typer.Option(help="inference: ask models. training: files and jobs too. admin: everything.")
+    ] = "training",
+    expires: Annotated[
+        str | None, typer.Option(metavar="30d", help="When it stops opening, such as 12h or 30d. Default: never.")
+    ] = None,
+    database: DatabaseOption = None,
+) -> None:
+    """Make a key. It is printed once, alone on standard output; only its hash is kept."""
+    from tunewright.server import keys as keyring
+    from tunewright.server.store import Store
+
+    seconds = None if expires is None else keyring.duration(expires)
+    store = Store(_settings(data, database).prepared().database_url)
+    print(keyring.create(store, name, scope=scope, expires_s=seconds))
+
+
+@keys.command("list")
+def list_keys(data: DataOption = DATA, database: DatabaseOption = None, as_json: JsonOption = False) -> None:
+    """List the keys, without what opens."""
+    from tunewright import screen
+    from tunewright.server import keys as keyring
+    from tunewright.server.store import Store
+
+    with Store(_settings(data, database).prepared().database_url).begin() as connection:
+        found = keyring.rows(connection)
+    if as_json:
+        print(json.dumps(found, indent=1))
+    else:
+        screen.keys(found)
+
+
+@keys.command("revoke")
+def revoke_key(
+    name: Annotated[str, typer.Argument(metavar="NAME")], data: DataOption = DATA, database: DatabaseOption = None
+) -> None:
+    """End a key. Running servers hear of it within seconds."""
+    from tunewright.server import keys as keyring
+    from tunewright.server.store import Store
+
+    keyring.revoke(Store(_settings(data, database).prepared().database_url), name)
+
+
+@models.command("add")
+def add_model(
+    name: Annotated[str, typer.Argument(metavar="NAME", help="What clients send, such as gpt-4.1-mini.")],
+    source: Annotated[str, typer.Argument(metavar="SOURCE", help="A hub name, a folder, or starter.")],
+    data: DataOption = DATA,
+    revision: Annotated[str | None, typer.Option(help="The hub's commit, tag or branch.")] = None,
+    sets: SetOption = None,
+    database: DatabaseOption = None,
+) -> None:
+    """Let clients call a base of yours by a name. --set changes how jobs on it train."""
+    from tunewright import models as bases
+    from tunewright import recipe as recipes
+    from tunewright.server import models as named
+    from tunewright.server.store import Store
+
+    ref = bases.find(source, revision)
+    trial = {"name": "trial", "model": ref.source, "task": "chat", "data": {"train": "trial.jsonl"}}
+    recipes.loads(json.dumps(trial), "--set", sets or ())
+    store = Store(_settings(data, database).prepared().database_url)
+    named.add_base(store, name, ref.source, revision=ref.revision, overrides=sets or ())
+    _say(f"{name} is {ref.source} ({ref.parameters:,} weights)")
+
+
+@models.command("list")
+def list_models(data: DataOption = DATA, database: DatabaseOption = None, as_json: JsonOption = False) -> None:
+    """List the bases by their names."""
+    from tunewright import screen
+    from tunewright.server import models as named
+    from tunewright.server.store import Store
+
+    with Store(_settings(data, database).prepared().database_url).begin() as connection:
+        found = named.named_bases(connection)
+    if as_json:
+        print(json.dumps(found, indent=1))
+    else:
+        screen.bases(found)
+
+
+@models.command("remove")
+def remove_model(
+    name: Annotated[str, typer.Argument(metavar="NAME")], data: DataOption = DATA, database: DatabaseOption = None
+) -> None:
+    """Take a base's name away. Models tuned from it go on being served."""
+    from tunewright.server import models as named
+    from tunewright.server.store import Store
+
+    named.remove_base(Store(_settings(data, database).prepared().database_url), name)
+
+
+def _settings(data: Path, database: str | None, files: str | None = None, sets: list[str] | None = None) -> Any:
+    from tunewright.server.state import Settings
+
+    return Settings(data.absolute(), database, files, tuple(sets or ()))
 
 
 def _stage(

@@ -172,5 +172,7 @@ def _offline(run: Run) -> dict[str, dict[str, Any]]:
     """Test row id -> what the tuned model answered in evaluation, column by column."""
     from pyarrow import parquet
 
+    if not run.predictions_file.is_file():  # nothing was held out, so nothing was predicted
+        return {}
     table = parquet.read_table(run.predictions_file)
     return {row["id"]: row for row in table.to_pylist() if row["model"] == "tuned"}

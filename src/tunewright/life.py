@@ -55,6 +55,9 @@ class Watcher:
 
     def started(self, run: Run, stage: str) -> None: ...
 
+    def waiting(self, run: Run, stage: str) -> None:
+        """Called again and again while a backend is at a stage. A KeyboardInterrupt raised here stops it in order."""
+
     def progress(self, run: Run, stage: str, done: float, total: float, note: str) -> None: ...
 
     def finished(self, run: Run, stage: str) -> None: ...
@@ -300,6 +303,7 @@ def _hand_over(stage: str, run: Run, backend: Backend, watcher: Watcher) -> None
         while (status := backend.poll(job, run)).state == "running":
             if (seen := run.progress(stage)) is not None:
                 watcher.progress(run, stage, seen["done"], seen["total"], seen["note"])
+            watcher.waiting(run, stage)
             time.sleep(POLL_S)
     except KeyboardInterrupt:
         backend.cancel(job, run)

@@ -38,7 +38,8 @@ def estimate(recipe: Recipe, resolved: dict[str, Any]) -> dict[str, Any]:
     per_pass = splits["train"]["tokens"]["sum"]
     per_pass = per_pass * max(1, answers_drawn) + sequences * recipe.answer_room * bool(answers_drawn)
     train_tokens = round(per_pass * steps / per_epoch)
-    test_tokens = splits["test"]["tokens"]["sum"] + splits["test"]["used"] * recipe.answer_room
+    test = splits.get("test")
+    test_tokens = test["tokens"]["sum"] + test["used"] * recipe.answer_room if test else 0
     evaluated_tokens = _evaluated(recipe, resolved)
     settled = resolved["train"]
     each = 6 if settled["method"] == "full" else 4
@@ -85,6 +86,8 @@ def _evaluated(recipe: Recipe, resolved: dict[str, Any]) -> int:
     the greatest length. Text and pairs: every row. Reward: every prompt and an answer of the greatest length.
     """
     splits = resolved["data"]
+    if "test" not in splits:
+        return 0
     facts = splits["test"]
     rows, whole = int(facts["used"]), int(facts["tokens"]["sum"])
     models = 2 + ("few-shot" in recipe.baselines)

@@ -130,8 +130,9 @@ class Limit(Section):
 
 
 class Split(Section):
-    test: float = Field(default=0.1, gt=0, lt=1)
-    """The share of rows held out when no test set is named. Equal rows always fall on the same side."""
+    test: float = Field(default=0.1, ge=0, lt=1)
+    """The share of rows held out when no test set is named. Equal rows always fall on the same side. 0 holds out none:
+    then nothing says how good the model is, so `evaluate.must_beat` must be null."""
     seed: int = 42
     """Another seed holds out other rows."""
 
@@ -218,6 +219,11 @@ class Data(Section):
             if words.count(word) > 1 or not word.strip():
                 raise ValueError(f"labels names {word!r} twice" if word.strip() else "labels holds an empty word")
         return self
+
+    @property
+    def holds_out(self) -> bool:
+        """Whether there are test rows."""
+        return self.test is not None or self.split.test > 0
 
     def check_shape(self, task: Task) -> None:
         """Refuse columns that do not belong together.
@@ -1006,6 +1012,11 @@ class Recipe(Section):
         if self.task not in ("classification", "chat") and "few-shot" in self.baselines:
             raise ValueError("evaluate: the baseline few-shot needs task: classification or chat")
         wanted = self.evaluate.must_beat
+        if wanted is not None and not self.data.holds_out:
+            raise ValueError(
+                f"evaluate.must_beat is {wanted}, and data.split.test: 0 leaves no rows to compare on; name data.test, "
+                "hold some out, or set evaluate.must_beat: null"
+            )
         if wanted not in (None, "base") and wanted not in self.baselines:
             raise ValueError(f"evaluate.must_beat is {wanted}, which is not among evaluate.baselines; add it there")
         if self.metric not in METRICS[self.task]:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import datetime
 import json
 import shlex
 import time
@@ -91,8 +92,7 @@ class Watching(Watcher):
 def outcome(result: Outcome) -> None:
     """The verdict and where to look."""
     run = result.run
-    if run.status("evaluate") == "done":
-        report = run.manifest("evaluate")
+    if run.status("evaluate") == "done" and (report := run.manifest("evaluate"))["rows"]:
         said = summary.sentence(report["comparison"], report["rows"])
         err.print(Text(said, style=f"bold {COLOURS[report['comparison']['verdict']]}"))
         for other in report["comparisons"]:
@@ -231,6 +231,35 @@ def runs(found: Sequence[dict[str, Any]], folder: Path) -> None:
     out.print(table)
 
 
+def keys(found: Sequence[dict[str, Any]]) -> None:
+    if not found:
+        out.print("no keys; `tunewright keys create NAME` makes one")
+        return
+    table = Table("name", "scope", "made", "expires", "state", box=box.SIMPLE_HEAD)
+    for one in found:
+        over = one["expires_at"] is not None and one["expires_at"] <= time.time()
+        state = "revoked" if one["revoked_at"] is not None else "expired" if over else "opens"
+        expires = "never" if one["expires_at"] is None else _day(one["expires_at"])
+        table.add_row(Text(one["name"]), one["scope"], _day(one["created_at"]), expires, state)
+    out.print(table)
+
+
+def bases(found: Sequence[dict[str, Any]]) -> None:
+    if not found:
+        out.print("no bases; `tunewright models add NAME SOURCE` names one")
+        return
+    table = Table("name", "source", "revision", "jobs train with", box=box.SIMPLE_HEAD)
+    for one in found:
+        table.add_row(
+            Text(one["name"]), Text(one["source"]), (one["revision"] or "")[:12], Text(" ".join(one["recipe"]))
+        )
+    out.print(table)
+
+
+def _day(at: int) -> str:
+    return datetime.datetime.fromtimestamp(at, datetime.UTC).strftime("%Y-%m-%d %H:%M UTC")
+
+
 def show(run: Run, known: dict[str, Any]) -> None:
     """Stages, data, loss curve, result, endpoint."""
     out.print(Text(known["run"], style="bold"), Text(f" {known['model']} for {known['task']}"))
@@ -291,6 +320,8 @@ def _what(run: Run, stage: str) -> str:
             return f"{manifest['steps']} steps, {shown}, {manifest['trainable_parameters']:,} weights trained"
         case "evaluate":
             comparison = manifest["comparison"]
+            if comparison is None:
+                return "no rows were held out"
             other = f"{comparison['baseline']} {summary.number(comparison['baseline_value'])}"
             return f"{comparison['metric']} {summary.number(comparison['tuned'])}, {other}"
         case "package":

@@ -34,8 +34,7 @@ def facts(run: Run) -> dict[str, Any]:
         }
     if run.status("train") == "done":
         found["training"] = run.manifest("train")
-    if run.status("evaluate") == "done":
-        report = run.manifest("evaluate")
+    if run.status("evaluate") == "done" and (report := run.manifest("evaluate"))["rows"]:
         found["comparison"] = report["comparison"]
         found["models"] = {
             name: {key: value for key, value in values.items() if isinstance(value, int | float)}

@@ -238,7 +238,7 @@ def _tables(recipe: Recipe) -> tuple[dict[str, Table], list[Finding]]:
     for split, table in tables.items():
         if not len(table.rows):
             raise DataError(f"data.{split}: {', '.join(table.names)} holds no rows")
-    if "test" not in tables:
+    if "test" not in tables and data.split.test:
         whole = tables["train"]
         sides = (_held_out(row, data.split.test, data.split.seed) for row in whole.rows)
         held = np.fromiter(sides, dtype=bool, count=len(whole.rows))

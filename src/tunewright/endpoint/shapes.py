@@ -51,7 +51,7 @@ def read_request(body: bytes) -> ChatRequest:
     try:
         request = ChatRequest.model_validate_json(body)
     except ValidationError as error:
-        raise _explained(error.errors(include_url=False, include_context=False)[0]) from None
+        raise explained(error.errors(include_url=False, include_context=False)[0]) from None
     _refuse(request.model_extra or {}, REFUSED)
     for number, message in enumerate(request.messages):
         _refuse(message.model_extra or {}, REFUSED_IN_MESSAGES, f"messages[{number}].")
@@ -280,7 +280,7 @@ def _refuse(given: Mapping[str, Any], refused: Mapping[str, tuple[str, tuple[Any
             )
 
 
-def _explained(problem: ErrorDetails) -> ApiError:
+def explained(problem: ErrorDetails) -> ApiError:
     """Pydantic's first finding, in OpenAI's words."""
     if problem["type"] == "json_invalid":
         return ApiError(400, f"The body of the request is not JSON: {problem['msg'].removeprefix('Invalid JSON: ')}.")

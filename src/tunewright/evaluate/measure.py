@@ -39,9 +39,14 @@ Answers = dict[str, dict[str, Any]]
 
 
 def evaluate(run: Run, tracker: Tracker) -> None:
-    """The stage: answers, metrics, comparison, report; evaluate/report.json is written last."""
+    """The stage: answers, metrics, comparison, report; evaluate/report.json is written last. Where no rows were held
+    out there is nothing to measure on, and report.json says no more than that."""
     recipe = run.recipe()
     checks = run.manifest("prepare")
+    if not recipe.data.holds_out:
+        nothing = {"comparison": None, "comparisons": [], "must_beat": None, "metric": recipe.metric}
+        write_json(run.manifest_file("evaluate"), {"format": 1, "rows": 0, "models": {}, **nothing})
+        return
     test = prepare.examples(run, "test")
     labels: list[str] | None = checks["labels"]
     answers = _answers(run, recipe, test, labels)

@@ -14,8 +14,6 @@ def card(run: Run, recipe: Recipe) -> str:
     trained = run.manifest("train")
     checks = run.manifest("prepare")
     base = run.resolved()["model"]
-    comparison = report["comparison"]
-    low, high = comparison["interval"]
     lines = [
         f"# {recipe.name}",
         "",
@@ -25,12 +23,7 @@ def card(run: Run, recipe: Recipe) -> str:
         "",
         "## Result",
         "",
-        f"**{comparison['verdict'].capitalize()}** against {comparison['baseline']} on {report['rows']} held-out rows: "
-        f"{comparison['metric']} {comparison['tuned']:.4f} against {comparison['baseline_value']:.4f} "
-        f"(difference {comparison['difference']:+.4f}, 95% interval {low:+.4f} to {high:+.4f}, "
-        f"p = {comparison['p_value']:.3g}, {comparison['test']}).",
-        "",
-        *_table(report),
+        *_result(report),
         "",
         "## Data",
         "",
@@ -68,10 +61,26 @@ def card(run: Run, recipe: Recipe) -> str:
         "",
         "## Limits",
         "",
-        "Measured on the held-out rows above and nothing else. What the base model gets wrong about the world, this "
+        ("Measured on the held-out rows above and nothing else. " if report["rows"] else "") + "What the base model gets wrong about the world, this "
         "model may get wrong too. The base model's licence applies.",
     ]
     return "\n".join(lines) + "\n"
+
+
+def _result(report: dict[str, Any]) -> list[str]:
+    """The verdict and the table; or that there is none."""
+    if not report["rows"]:
+        return ["Not evaluated: no rows were held out, so nothing is known of how good it is."]
+    comparison = report["comparison"]
+    low, high = comparison["interval"]
+    return [
+        f"**{comparison['verdict'].capitalize()}** against {comparison['baseline']} on {report['rows']} held-out rows: "
+        f"{comparison['metric']} {comparison['tuned']:.4f} against {comparison['baseline_value']:.4f} "
+        f"(difference {comparison['difference']:+.4f}, 95% interval {low:+.4f} to {high:+.4f}, "
+        f"p = {comparison['p_value']:.3g}, {comparison['test']}).",
+        "",
+        *_table(report),
+    ]
 
 
 COLUMNS = (

@@ -130,7 +130,9 @@ def _write_model(run: Run, recipe: Recipe, ref: ModelRef, tokenizer: Any, equipm
 def _prompts(tokenizer: Any, test: Sequence[Example]) -> list[list[int]]:
     """Real prompts, in ids, for the comparison."""
     rows = test[:FIDELITY_ROWS]
-    if rows and rows[0].text is not None:
+    if not rows:
+        return [chat.render_prompt(tokenizer, said[:-1]) for said in _plain(tokenizer)]
+    if rows[0].text is not None:
         return [prepare.render(tokenizer, example).ids[:256] for example in rows]
     return [chat.render_prompt(tokenizer, example.prompt, example.tools) for example in rows]
 
@@ -140,10 +142,16 @@ def _conversations(tokenizer: Any, test: Sequence[Example]) -> list[Sequence[Mes
     kept: list[Sequence[Message] | Example] = [
         example for example in test[:4] if example.messages and example.item is None
     ]
+    return [*kept, *_plain(tokenizer)]
+
+
+def _plain(tokenizer: Any) -> list[tuple[Message, ...]]:
+    """The plain conversations that the template takes. One that it does not take nobody can send either."""
+    kept = []
     for conversation in PLAIN_CONVERSATIONS:
         try:
             chat.render(tokenizer, conversation)
-        except DataError:  # this template has no such role; then nobody can send it either
+        except DataError:  # this template has no such role
             continue
         kept.append(conversation)
     return kept

@@ -1,0 +1,16 @@
+"""An OpenAI and Azure OpenAI resource of one's own: `tunewright serve`.
+
+    app          the routes put together; errors in OpenAI's envelope; keys; metrics
+    files        files and uploads in parts
+    jobs         fine-tuning jobs as clients see them: create, list, events, checkpoints, cancel, pause
+    worker       where jobs happen: claims one, and asks `life.advance` for its run
+    models       base models by the names that clients send, tuned models, checkpoints
+    chat         completions of all kinds, passed on to an engine
+    engines      a child process for each base model, which serves it and all its adapters
+    management   Azure's control plane: accounts, keys, deployments, policies, usages
+    quota        tokens and requests a minute for each deployment
+    filter       what is not let through, and the annotations that say so
+    tables, store, migrations, blobs     what is kept
+
+No weights are loaded in the server's own process.
+"""

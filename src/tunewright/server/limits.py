@@ -1,0 +1,53 @@
+"""How much a request may bring: a body beyond its limit is refused before it is read to its end."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from fastapi.responses import JSONResponse
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from tunewright.endpoint.shapes import ApiError
+
+
+class BodyLimit:
+    """ASGI middleware.
+
+    Args:
+        limit: bytes that a request to a path may bring.
+    """
+
+    def __init__(self, app: ASGIApp, *, limit: Callable[[str], int]) -> None:
+        self.app = app
+        self.limit = limit
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        most = self.limit(scope["path"])
+        said = next((value for name, value in scope["headers"] if name == b"content-length"), b"")
+        if said.isdigit() and int(said) > most:
+            error = too_large(most)
+            # The body is not read: the connection cannot be used again.
+            await JSONResponse(error.body, error.status, {"connection": "close"})(scope, receive, send)
+            return
+        taken = 0
+
+        async def counted() -> Message:
+            nonlocal taken
+            message = await receive()
+            taken += len(message.get("body", b""))
+            if taken > most:
+                raise too_large(most)
+            return message
+
+        await self.app(scope, counted, send)
+
+
+def too_large(most: int) -> ApiError:
+    return ApiError(
+        413,
+        f"The body of the request is larger than {most / (1 << 20):,.0f} MB, the most that is taken here.",
+        code="request_too_large",
+    )

@@ -1,0 +1,217 @@
+"""Models by the names that clients send: bases that `tunewright models add` named, tuned ones, and checkpoints."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import shutil
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from fastapi import APIRouter, Request
+from sqlalchemy import Connection, delete, insert, select
+
+from tunewright.endpoint.shapes import ApiError
+from tunewright.errors import ModelError
+from tunewright.server import store, tables, web
+from tunewright.server.state import Server
+from tunewright.server.store import Store, now
+from tunewright.server.web import Inference, Training
+
+ORGANIZATION = "tunewright"
+
+router = APIRouter(tags=["models"])
+
+
+@dataclass(frozen=True)
+class Target:
+    """What is loaded to answer under a name."""
+
+    name: str
+    base: str
+    """The base's name."""
+    source: str
+    """Hub name or folder of the base."""
+    revision: str | None
+    folder: Path | None
+    """An adapter's or a whole model's folder; None for the base itself."""
+    kind: Literal["base", "adapter", "full"]
+    created: int
+
+    @property
+    def engine(self) -> str:
+        """Names the process that serves it: one for a base and all its adapters, one for each whole model."""
+        weights = f"{self.source}@{self.revision}" if self.kind != "full" else str(self.folder)
+        return hashlib.sha256(weights.encode()).hexdigest()[:16]
+
+
+@router.get("/models")
+def list_models(request: Request, _caller: Inference) -> dict[str, Any]:
+    server = web.server(request)
+    with server.store.begin() as connection:
+        named = [dict(one) for one in connection.execute(select(tables.bases)).mappings()]
+        tuned = [dict(one) for one in connection.execute(select(tables.models)).mappings()]
+    data = [_base_shape(one) for one in named] + [_tuned_shape(one) for one in tuned if not one["checkpoint"]]
+    return {"object": "list", "data": data}
+
+
+@router.get("/models/{model:path}")
+def retrieve_model(request: Request, _caller: Inference, model: str) -> dict[str, Any]:
+    with web.server(request).store.begin() as connection:
+        if (tuned := store.row(connection, tables.models, id=model)) is not None:
+            return _tuned_shape(tuned)
+        if (named := store.row(connection, tables.bases, name=model)) is not None:
+            return _base_shape(named)
+    raise unknown(model)
+
+
+@router.delete("/models/{model:path}")
+def delete_model(request: Request, _caller: Training, model: str) -> dict[str, Any]:
+    """Delete a tuned model. One that a deployment serves stays, and so do bases."""
+    server = web.server(request)
+    with server.store.begin() as connection:
+        tuned = store.row(connection, tables.models, id=model)
+        if tuned is None:
+            if store.row(connection, tables.bases, name=model) is not None:
+                raise ApiError(
+                    403,
+                    f"'{model}' is a base model; `tunewright models remove` takes its name away.",
+                    param="model",
+                    code="model_not_deletable",
+                )
+            raise unknown(model)
+        query = select(tables.deployments.c.name).where(tables.deployments.c.model == model)
+        if (deployment := connection.execute(query).scalar()) is not None:
+            raise ApiError(
+                400,
+                f"The deployment '{deployment}' serves '{model}'; delete that first.",
+                param="model",
+                code="model_in_use",
+            )
+        connection.execute(delete(tables.models).where(tables.models.c.id == model))
+    shutil.rmtree(server.settings.data / tuned["folder"], ignore_errors=True)
+    return {"id": model, "object": "model", "deleted": True}
+
+
+def add_base(
+    database: Store, name: str, source: str, *, revision: str | None = None, overrides: Sequence[str] = ()
+) -> None:
+    """Let clients call a base by a name; an earlier meaning of the name is replaced.
+
+    Args:
+        source: hub name, folder or starter, known to be a model (see `tunewright.models.find`).
+        overrides: `key=value`, as after `--set`: how jobs on this base train.
+
+    Raises:
+        ModelError: the name could not be sent, or could be taken for a tuned model's.
+    """
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._/-]{0,127}", name):
+        raise ModelError(f"model {name!r}: a name has letters, digits and . _ / - alone, at most 128 of them")
+    with database.begin() as connection:
+        connection.execute(delete(tables.bases).where(tables.bases.c.name == name))
+        connection.execute(
+            insert(tables.bases).values(
+                name=name, source=source, revision=revision, recipe=list(overrides), created_at=now()
+            )
+        )
+
+
+def remove_base(database: Store, name: str) -> None:
+    """Take a base's name away; models that were tuned from it go on being served.
+
+    Raises:
+        ModelError: there is no such name.
+    """
+    with database.begin() as connection:
+        if not connection.execute(delete(tables.bases).where(tables.bases.c.name == name)).rowcount:
+            raise ModelError(f"model {name!r}: no such name; `tunewright models list` shows them")
+
+
+def find(server: Server, name: str) -> Target:
+    """What answers under a name.
+
+    Raises:
+        ApiError: 404, nothing does.
+    """
+    with server.store.begin() as connection:
+        found = _find(connection, server.settings.data, name)
+    if found is None:
+        raise unknown(name)
+    return found
+
+
+def find_trainable(server: Server, name: str) -> Target:
+    """What a job starts from: a base, or a tuned model whose adapter it goes on with.
+
+    Raises:
+        ApiError: 404, there is no such model.
+    """
+    return find(server, name)
+
+
+def unknown(name: str) -> ApiError:
+    return ApiError(
+        404,
+        f"The model '{name[:128]}' does not exist here; GET /v1/models lists those that do, and `tunewright models add` "
+        "names another base.",
+        param="model",
+        code="model_not_found",
+    )
+
+
+def tuned_name(base: str, suffix: str | None, job_id: str, *, surface: str, step: int | None = None) -> str:
+    """What a job's model is called: OpenAI's `ft:base:org:suffix:id`, or Azure's `base.ft-hex-suffix`."""
+    slug = re.sub(r"[^a-z0-9]+", "-", (suffix or "").lower()).strip("-")
+    root = base.split(":")[1] if base.startswith("ft:") else base.split(".ft-")[0]
+    if surface == "azure":
+        digest = hashlib.sha256(job_id.encode()).hexdigest()[:32]
+        name = f"{root}.ft-{digest}" + (f"-{slug[:40]}" if slug else "")
+        return name if step is None else f"{name}-ckpt-step-{step}"
+    name = f"ft:{root}:{ORGANIZATION}:{slug}:{job_id.removeprefix('ftjob-')[:8]}"
+    return name if step is None else f"{name}:ckpt-step-{step}"
+
+
+def record(
+    connection: Connection,
+    name: str,
+    *,
+    job_id: str,
+    start: Target,
+    folder: str,
+    kind: str,
+    checkpoint: bool = False,
+) -> None:
+    """Note a tuned model, once; `start` is what its job started from, `folder` is relative to the data folder."""
+    if store.row(connection, tables.models, id=name) is None:
+        row = {"id": name, "created_at": now(), "job_id": job_id, "base": start.base, "source": start.source}
+        row |= {"revision": start.revision, "folder": folder, "kind": kind, "checkpoint": checkpoint}
+        connection.execute(insert(tables.models).values(**row))
+
+
+def named_bases(connection: Connection) -> Iterable[dict[str, Any]]:
+    query = select(tables.bases).order_by(tables.bases.c.name)
+    return [dict(one) for one in connection.execute(query).mappings()]
+
+
+def _find(connection: Connection, data: Path, name: str) -> Target | None:
+    if (tuned := store.row(connection, tables.models, id=name)) is not None:
+        known = {key: tuned[key] for key in ("base", "source", "revision", "kind")}
+        return Target(name, folder=data / tuned["folder"], created=tuned["created_at"], **known)
+    if (base := store.row(connection, tables.bases, name=name)) is not None:
+        return Target(
+            name, name, base["source"], base["revision"], folder=None, kind="base", created=base["created_at"]
+        )
+    return None
+
+
+def _base_shape(base: dict[str, Any]) -> dict[str, Any]:
+    shown = {"id": base["name"], "object": "model", "created": base["created_at"], "owned_by": "system"}
+    if base["retires_at"] is not None:
+        shown["shutdown_date"] = base["retires_at"]
+    return shown
+
+
+def _tuned_shape(tuned: dict[str, Any]) -> dict[str, Any]:
+    return {"id": tuned["id"], "object": "model", "created": tuned["created_at"], "owned_by": ORGANIZATION}
