@@ -323,12 +323,15 @@ def worker(
     database: DatabaseOption = None,
     files: FilesOption = None,
     sets: SetOption = None,
+    handover: Annotated[
+        float, typer.Option(min=1, help="Seconds after which a silent worker loses its job to the next.")
+    ] = 30.0,
     with_parent: Annotated[bool, typer.Option("--with-parent", help="End when standard input ends.")] = False,
 ) -> None:
     """Work on the server's fine-tuning jobs, until Ctrl-C or SIGTERM. `serve` starts one by itself."""
     from tunewright.server import process
 
-    process.work(_settings(data, database, files, sets), with_parent=with_parent)
+    process.work(_settings(data, database, files, sets, handover), with_parent=with_parent)
 
 
 @keys.command("create")
@@ -427,10 +430,16 @@ def remove_model(
     named.remove_base(Store(_settings(data, database).prepared().database_url), name)
 
 
-def _settings(data: Path, database: str | None, files: str | None = None, sets: list[str] | None = None) -> Any:
+def _settings(
+    data: Path,
+    database: str | None,
+    files: str | None = None,
+    sets: list[str] | None = None,
+    handover_s: float = 30.0,
+) -> Any:
     from tunewright.server.state import Settings
 
-    return Settings(data.absolute(), database, files, tuple(sets or ()))
+    return Settings(data.absolute(), database, files, handover_s, tuple(sets or ()))
 
 
 def _stage(

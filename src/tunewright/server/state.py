@@ -18,6 +18,8 @@ class Settings:
     """Everything that is kept on disk: the database (unless it is elsewhere), files, runs."""
     database: str | None = None
     files: str | None = None
+    handover_s: float = 30.0
+    """A worker that has been silent for so long loses its job to the next."""
     overrides: tuple[str, ...] = ()
     """`key=value`, as after `--set`: how every job trains, whatever its base says."""
 

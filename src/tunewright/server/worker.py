@@ -46,9 +46,6 @@ from tunewright.server.store import new_id, now
 logger = logging.getLogger("tunewright.server")
 
 POLL_S = 0.5
-HEARTBEAT_S = 5.0
-STALE_S = 30.0
-"""A claim that nobody has renewed for so long is given to the next worker."""
 MIN_EXAMPLES = 10
 """OpenAI's; fewer are an error of the job."""
 KEPT_CHECKPOINTS = 3
@@ -192,7 +189,7 @@ def claim(server: Server, worker: str, statuses: tuple[str, ...]) -> dict[str, A
     served = (
         select(func.max(other.c.begun_at)).where(other.c.key_id == table.c.key_id).correlate(table).scalar_subquery()
     )
-    free = or_(table.c.claimed_by.is_(None), table.c.heartbeat_at < at - STALE_S)
+    free = or_(table.c.claimed_by.is_(None), table.c.heartbeat_at < at - server.settings.handover_s)
     left = and_(table.c.claimed_by.is_not(None), table.c.wanted != "run")  # its worker died before it could stop it
     chosen = (
         select(table.c.number)

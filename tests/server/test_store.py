@@ -1,0 +1,89 @@
+"""The database: both kinds, several at once, and what is said where it cannot be had."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from alembic.autogenerate import compare_metadata
+from alembic.migration import MigrationContext
+from sqlalchemy import insert, select, text
+
+from tunewright.errors import EndpointError
+from tunewright.server import tables
+from tunewright.server.state import Server, Settings
+from tunewright.server.store import Store, new_id
+
+
+def test_migrations_make_the_tables_that_the_code_has(open_server: Callable[[], Server]) -> None:
+    with open_server().store.begin() as connection:
+        assert compare_metadata(MigrationContext.configure(connection), tables.metadata) == []
+
+
+def test_several_servers_start_at_once(open_server: Callable[[], Server], tmp_path: Path, database: str | None) -> None:
+    found: list[Store | Exception] = []
+
+    def start() -> None:
+        try:
+            found.append(Store(Settings(tmp_path / "data", database).prepared().database_url))
+        except Exception as error:
+            found.append(error)
+
+    threads = [threading.Thread(target=start) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert [type(one) for one in found] == [Store] * 4
+    for one in found:
+        assert isinstance(one, Store)
+        assert one.answers()
+        one.close()
+
+
+def test_a_newer_database_is_refused(open_server: Callable[[], Server], tmp_path: Path, database: str | None) -> None:
+    with open_server().store.begin() as connection:
+        connection.execute(text("UPDATE alembic_version SET version_num = '9999'"))
+    with pytest.raises(EndpointError, match="newer version"):
+        Store(Settings(tmp_path / "data", database).database_url)
+
+
+@pytest.mark.parametrize(
+    ("url", "said"),
+    [
+        ("mysql://root@localhost/db", "mysql is not supported"),
+        ("nonsense", "not a URL"),
+        ("postgresql://tw@127.0.0.1:1/none", "cannot be reached"),
+        ("sqlite:////nowhere/at/all.db", "cannot be reached"),
+    ],
+)
+def test_what_is_no_database(url: str, said: str) -> None:
+    with pytest.raises(EndpointError, match=said):
+        Store(url)
+
+
+def test_a_writer_that_reads_first_can_still_write(open_server: Callable[[], Server]) -> None:
+    """With SQLite's deferred transactions this fails with `database is locked`, whatever the timeout."""
+    server = open_server()
+    errors: list[Exception] = []
+
+    def write(number: int) -> None:
+        try:
+            for _ in range(20):
+                with server.store.begin() as connection:
+                    connection.execute(select(tables.keys)).all()
+                    row = {"id": new_id("key_"), "name": "n", "sha256": new_id(""), "scope": "admin", "created_at": 1}
+                    connection.execute(insert(tables.keys).values(**row))
+        except Exception as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=write, args=(number,)) for number in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert errors == []
+    with server.store.begin() as connection:
+        assert len(connection.execute(select(tables.keys)).all()) == 80

@@ -1,0 +1,286 @@
+"""Whole jobs: a file goes up, a worker trains, a model with a name comes out; and what is said where it cannot."""
+
+from __future__ import annotations
+
+import base64
+import contextlib
+import csv
+import io
+import json
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import openai
+import psutil
+import pytest
+from safetensors import safe_open
+from server_running import Running
+from sqlalchemy import select
+
+from tunewright.server import models, tables
+from tunewright.server.state import Server
+from tunewright.server.worker import CHECKING, TRAINING, Worker, results_csv
+
+FINAL = ("succeeded", "failed", "cancelled")
+
+
+def talk(number: int) -> dict[str, Any]:
+    said = ("lovely", "awful")[number % 2]
+    return {
+        "messages": [
+            {"role": "user", "content": f"say {said} {number}"},
+            {"role": "assistant", "content": said},
+        ]
+    }
+
+
+def lines(rows: list[Any]) -> bytes:
+    return b"".join(json.dumps(row).encode() + b"\n" for row in rows)
+
+
+@contextlib.contextmanager
+def working(server: Server) -> Iterator[threading.Event]:
+    """A worker in this process; its stages are processes of their own, as ever."""
+    stop = threading.Event()
+    threads = [threading.Thread(target=Worker(server, one, stop).run) for one in (CHECKING, TRAINING)]
+    for thread in threads:
+        thread.start()
+    try:
+        yield stop
+    finally:
+        stop.set()
+        for thread in threads:
+            thread.join()
+
+
+def wait(client: openai.OpenAI, job: str, *statuses: str, seconds: float = 240) -> Any:
+    until = time.monotonic() + seconds
+    while time.monotonic() < until:
+        found = client.fine_tuning.jobs.retrieve(job)
+        if found.status in (statuses or FINAL):
+            return found
+        assert found.status not in FINAL, found
+        time.sleep(0.1)
+    raise AssertionError(f"{job} is still {found.status}: {messages(client, job)}")
+
+
+def messages(client: openai.OpenAI, job: str) -> list[str]:
+    return [event.message for event in client.fine_tuning.jobs.list_events(job, limit=100)][::-1]
+
+
+@pytest.fixture
+def base(served: Running, model_folder: Path) -> str:
+    sets = ["train.use_cpu=true", "train.max_length=64", "tracking.enabled=false", "evaluate.max_new_tokens=8"]
+    models.add_base(served.server.store, "tiny-1", str(model_folder), overrides=[*sets, "evaluate.bootstrap=200"])
+    return "tiny-1"
+
+
+def upload(served: Running, rows: list[Any]) -> str:
+    return served.client().files.create(file=("rows.jsonl", lines(rows)), purpose="fine-tune").id
+
+
+@pytest.mark.parametrize("database", ["sqlite"], indirect=True)
+def test_a_supervised_job_from_file_to_model(served: Running, base: str) -> None:
+    client = served.client()
+    training, validation = (
+        upload(served, [talk(n) for n in range(start, start + 12)]) for start in (0, 100)
+    )
+    job = client.fine_tuning.jobs.create(
+        model=base,
+        training_file=training,
+        validation_file=validation,
+        suffix="My sayings",
+        seed=105,
+        hyperparameters={"n_epochs": 4, "batch_size": 4, "learning_rate_multiplier": 2},
+    )
+    with working(served.server):
+        done = wait(client, job.id)
+    said = messages(client, job.id)
+    assert done.status == "succeeded", done.error
+    assert done.fine_tuned_model == f"ft:tiny-1:tunewright:my-sayings:{job.id.removeprefix('ftjob-')[:8]}"
+    assert done.finished_at >= done.created_at
+    assert done.trained_tokens > 0
+    assert done.hyperparameters.to_dict() == {"n_epochs": 4, "batch_size": 4, "learning_rate_multiplier": 2.0}
+    assert done.method.supervised.hyperparameters.n_epochs == 4
+    assert said[:2] == [f"Created fine-tuning job: {job.id}", f"Validating training file: {training}"]
+    for message in (
+        "Files validated, moving job to queued state",
+        "Fine-tuning job started",
+        f"New fine-tuned model created: {done.fine_tuned_model}",
+        "The job has successfully completed",
+    ):
+        assert said.count(message) == 1, said
+    assert sum(message.startswith("Step 12/12: training loss=") for message in said) == 1
+    metrics = [e for e in client.fine_tuning.jobs.list_events(job.id, limit=100) if e.type == "metrics"]
+    assert {event.data["total_steps"] for event in metrics} == {12}
+
+    checkpoints = client.fine_tuning.jobs.checkpoints.list(job.id).data
+    assert [one.step_number for one in checkpoints] == [12, 9, 6]  # the last three of four
+    assert all(one.metrics.full_valid_loss is not None for one in checkpoints)
+    assert checkpoints[0].fine_tuned_model_checkpoint == f"{done.fine_tuned_model}:ckpt-step-12"
+    for one in checkpoints:
+        folder = models.find(served.server, one.fine_tuned_model_checkpoint).folder
+        assert folder is not None
+        assert (folder / "adapter_model.safetensors").is_file()
+        assert not list(folder.glob("*optimizer*"))
+
+    (result,) = done.result_files
+    plain = served.azure().files.content(result).text
+    assert base64.b64decode(client.files.content(result).text).decode() == plain
+    table = list(csv.DictReader(io.StringIO(plain)))
+    assert [row["step"] for row in table] == [str(step) for step in range(1, 13)]
+    assert float(table[-1]["train_loss"]) < float(table[0]["train_loss"])
+    assert table[2]["valid_loss"]
+
+    target = models.find(served.server, done.fine_tuned_model)
+    assert target.kind == "adapter"
+    assert target.folder is not None
+    assert (target.folder / "rendering.json").is_file()
+    with safe_open(target.folder / "adapter_model.safetensors", "pt") as weights:
+        assert len(weights.keys()) > 0
+    report = json.loads((served.server.settings.runs / run_of(served.server, job.id) / "evaluate/report.json").read_text())
+    assert report["rows"] == 12
+    assert done.fine_tuned_model in [model.id for model in client.models.list()]
+    assert client.models.delete(done.fine_tuned_model).deleted
+    assert not target.folder.exists()
+
+
+def run_of(server: Server, job: str) -> str:
+    with server.store.begin() as connection:
+        return str(connection.execute(select(tables.jobs.c.run_id).where(tables.jobs.c.id == job)).scalar())
+
+
+@pytest.mark.parametrize("database", ["sqlite"], indirect=True)
+def test_what_is_wrong_with_a_file_comes_on_the_job(served: Running, base: str) -> None:
+    client = served.client()
+    good = [talk(number) for number in range(12)]
+    broken = lines(good[:11]) + b'{"messages": [{"role": "user", "content": "x"}\n'
+    cases: dict[str, tuple[bytes, str, str]] = {
+        "few": (lines(good[:7]), "invalid_n_examples", "Training file has 7 example(s), but must have at least 10"),
+        "broken": (broken, "invalid_training_file", "line 12"),
+        "role": (
+            lines([*good[:11], {"messages": [{"role": "wizard", "content": "x"}]}]),
+            "invalid_training_file",
+            "line 12",
+        ),
+        "pairs": (
+            lines([{"prompt": "a", "chosen": "b", "rejected": "c"}] * 12),
+            "invalid_training_file",
+            "messages",
+        ),
+        "noise": (bytes(range(256)) * 40, "invalid_training_file", ""),
+    }
+    made = {}
+    for name, (content, _, _) in cases.items():
+        file = client.files.create(file=(f"{name}.jsonl", content), purpose="fine-tune").id
+        made[name] = client.fine_tuning.jobs.create(model=base, training_file=file)
+    with working(served.server):
+        for name, job in made.items():
+            done = wait(client, job.id)
+            _, code, words = cases[name]
+            assert done.status == "failed", name
+            assert done.error.code == code, (name, done.error)
+            assert done.error.param == "training_file"
+            assert words in done.error.message, (name, done.error)
+            assert str(served.server.settings.data) not in done.error.message
+            assert done.error.message in messages(client, job.id)[-1]
+
+
+@pytest.mark.parametrize("database", ["sqlite"], indirect=True)
+def test_a_cancelled_job_stops_and_a_paused_one_goes_on(served: Running, base: str) -> None:
+    client = served.client()
+    file = upload(served, [talk(number) for number in range(40)])
+    with working(served.server):
+        first = client.fine_tuning.jobs.create(
+            model=base, training_file=file, hyperparameters={"n_epochs": 50, "batch_size": 1}
+        )
+        wait_for_step(client, first.id)
+        client.fine_tuning.jobs.cancel(first.id)
+        assert wait(client, first.id).status == "cancelled"
+        second = client.fine_tuning.jobs.create(
+            model=base, training_file=file, hyperparameters={"n_epochs": 6, "batch_size": 1}
+        )
+        wait_for_step(client, second.id)
+        client.fine_tuning.jobs.pause(second.id)
+        paused = wait(client, second.id, "paused")
+        assert paused.fine_tuned_model is None
+        assert client.fine_tuning.jobs.checkpoints.list(second.id).data  # what it has learnt so far can be asked
+        client.fine_tuning.jobs.resume(second.id)
+        done = wait(client, second.id)
+    assert done.status == "succeeded"
+    said = messages(client, second.id)
+    assert said.count("Fine-tuning job started") == 1
+    assert sum(message.startswith("Step 1/240") for message in said) == 1
+
+
+def wait_for_step(client: openai.OpenAI, job: str, seconds: float = 120) -> None:
+    until = time.monotonic() + seconds
+    while not any(message.startswith("Step ") for message in messages(client, job)):
+        assert time.monotonic() < until, messages(client, job)
+        time.sleep(0.1)
+
+
+@pytest.mark.parametrize("database", ["sqlite", "postgresql"], indirect=True)
+def test_a_killed_worker_loses_nothing(served: Running, base: str, database: str | None) -> None:
+    """SIGKILL of the worker's process in the middle of training; the next one goes on with the same training."""
+    client = served.client()
+    file = upload(served, [talk(number) for number in range(40)])
+    job = client.fine_tuning.jobs.create(
+        model=base, training_file=file, hyperparameters={"n_epochs": 6, "batch_size": 1}
+    )
+    command = [sys.executable, "-m", "tunewright.cli", "worker", "--data", str(served.server.settings.data)]
+    command += ["--handover", "2", *(["--database", database] if database else [])]
+    first = subprocess.Popen(command)
+    try:
+        wait_for_step(client, job.id)
+    finally:
+        first.kill()
+        first.wait()
+    assert client.fine_tuning.jobs.retrieve(job.id).status == "running"
+    second = subprocess.Popen(command)
+    try:
+        done = wait(client, job.id)
+    finally:
+        second.send_signal(signal.SIGTERM)
+        assert second.wait(60) == 0
+    assert done.status == "succeeded", done.error
+    said = messages(client, job.id)
+    assert [sum(message.startswith(f"Step {step}/240:") for message in said) for step in (1, 120, 240)] == [1, 1, 1]
+    left = [
+        one.cmdline() for one in psutil.process_iter(["cmdline"]) if str(served.server.settings.data) in str(one.info)
+    ]
+    assert left == []
+
+
+@pytest.mark.parametrize("database", ["sqlite"], indirect=True)
+def test_a_worker_that_is_asked_to_stop_gives_its_job_back(served: Running, base: str) -> None:
+    client = served.client()
+    file = upload(served, [talk(number) for number in range(40)])
+    job = client.fine_tuning.jobs.create(
+        model=base, training_file=file, hyperparameters={"n_epochs": 6, "batch_size": 1}
+    )
+    with working(served.server):
+        wait_for_step(client, job.id)
+    assert client.fine_tuning.jobs.retrieve(job.id).status == "queued"
+    with working(served.server):
+        assert wait(client, job.id).status == "succeeded"
+
+
+def test_results_are_empty_where_nothing_was_measured() -> None:
+    class Log:
+        def metrics(self) -> list[dict[str, Any]]:
+            return [{"step": 1, "loss": 2.0}, {"step": 2, "loss": 1.0}, {"step": 2, "eval_loss": 1.5}]
+
+    openai_table, azure_table = (results_csv(Log(), azure=azure).splitlines() for azure in (False, True))  # type: ignore[arg-type]
+    assert openai_table[0] == "step,train_loss,train_accuracy,valid_loss,valid_mean_token_accuracy"
+    assert openai_table[1:] == ["1,2.00000,,,", "2,1.00000,,1.50000,"]
+    assert azure_table[0] == (
+        "step,train_loss,train_mean_token_accuracy,valid_loss,validation_mean_token_accuracy,full_valid_loss,"
+        "full_valid_mean_token_accuracy"
+    )
