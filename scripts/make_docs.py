@@ -27,7 +27,10 @@ def main() -> None:
 
 def cli_page() -> str:
     """Every command's --help."""
-    commands = [command.name or command.callback.__name__.replace("_", "-") for command in cli.app.registered_commands]
+    commands = [_named(command) for command in cli.app.registered_commands]
+    for group in cli.app.registered_groups:
+        name = group.typer_instance.info.name
+        commands += [name, *(f"{name} {_named(command)}" for command in group.typer_instance.registered_commands)]
     parts = [
         "# The command line",
         "",
@@ -48,6 +51,11 @@ def cli_page() -> str:
         said = runner.invoke(cli.app, [*name.split(), "--help"], prog_name="tunewright", catch_exceptions=False)
         parts += [f"## tunewright {name}".rstrip(), "", "```text", said.output.rstrip(), "```", ""]
     return "\n".join(parts)
+
+
+def _named(command: Any) -> str:
+    name: str = command.name or command.callback.__name__.replace("_", "-")
+    return name
 
 
 def recipe_page() -> str:

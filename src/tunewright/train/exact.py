@@ -256,21 +256,21 @@ class Exact(Trainer):
         self.refuse_broken_weights()
         super()._save_checkpoint(model, trial)
         losses = gather(self._tr_loss.item())  # each process has written its own part
+        facts = self.sealed_facts()  # all processes, since they may have to ask each other
         if is_first():
             folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
-            self._seal(folder, loss_since_log=sum(losses) / len(losses))
+            self._seal(folder, loss_since_log=sum(losses) / len(losses), **facts)
         meet()
 
-    def _seal(self, folder: Path, *, loss_since_log: float) -> None:
+    def _seal(self, folder: Path, **facts: Any) -> None:
         self.tracker.flush()
         if self.recipe.tracking.checkpoints:
             self.tracker.checkpoint(folder, [name for name in checkpoints.WEIGHTS if (folder / name).is_file()])
         checkpoints.seal(
             folder,
             seconds=self.seconds,
-            loss_since_log=loss_since_log,
             logged_at=self._globalstep_last_logged,
-            **self.sealed_facts(),
+            **facts,
         )
         checkpoints.rotate(
             Path(self.args.output_dir), self.recipe.train.save_total_limit, best=self.state.best_model_checkpoint

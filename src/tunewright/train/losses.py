@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import types
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -30,6 +31,14 @@ FEW = 32
 """At most so many places are multiplied with the head's weight in its own type, whatever autocast says."""
 NARROW_BELOW = 0.75
 """The last layer is narrowed where fewer than this share of the places are kept; else copying costs what it wins."""
+
+
+@dataclass
+class Learnt(CausalLMOutput):
+    """What a forward with `kept` gives."""
+
+    right: Tensor | None = None
+    """How many of the targets the model would have said itself."""
 
 
 def attach(model: Any, *, narrow: bool = True) -> Callable[[], None]:
@@ -53,8 +62,8 @@ def attach(model: Any, *, narrow: bool = True) -> Callable[[], None]:
         # Stays until the next batch: with gradient checkpointing the layer runs again on the way back.
         narrowing.kept = kept if len(kept) < NARROW_BELOW * options["input_ids"].numel() else None
         hidden_TD = self.get_decoder()(*given, **options).last_hidden_state.flatten(0, 1)
-        total = head(hidden_TD[kept], targets=targets)
-        return CausalLMOutput(loss=total / (len(targets) if number is None else number))
+        total, right = head(hidden_TD[kept], targets=targets)
+        return Learnt(loss=total / (len(targets) if number is None else number), right=right)
 
     def detach() -> None:
         narrowing.undo()
@@ -67,20 +76,26 @@ def attach(model: Any, *, narrow: bool = True) -> Callable[[], None]:
 
 def head_loss(
     hidden_KD: Tensor, head: Any, targets_K: Tensor, own_forward: Callable[[Tensor], Tensor] | None = None
-) -> Tensor:
-    """Summed negative log-likelihood (nats) of the targets, from the hidden states that predict them.
+) -> tuple[Tensor, Tensor]:
+    """Summed negative log-likelihood (nats) of the targets, from the hidden states that predict them; and how many of
+    the targets are the most probable token at their place.
 
     Logits exist for a slice of places at a time, and the gradients are computed with them, so that nothing is kept or
     computed again for the way back.
     """
     if type(head).forward is torch.nn.Linear.forward:  # also where sharding made a class of its own of it
-        return _HeadLoss.apply(hidden_KD, head.weight, head.bias, targets_K, max(1, SLICE // head.weight.shape[0]))
+        size = max(1, SLICE // head.weight.shape[0])
+        both: tuple[Tensor, Tensor] = _HeadLoss.apply(hidden_KD, head.weight, head.bias, targets_K, size)
+        return both
     total = hidden_KD.new_zeros((), dtype=torch.float32)
+    right = torch.zeros((), dtype=torch.long, device=hidden_KD.device)
     for hidden_CD, targets_C in zip(hidden_KD.split(1024), targets_K.split(1024), strict=True):
-        total = total + torch.utils.checkpoint.checkpoint(
+        loss, best_C = torch.utils.checkpoint.checkpoint(
             _slice_loss, own_forward or head, hidden_CD, targets_C, use_reentrant=False
         )
-    return total
+        total = total + loss
+        right = right + (best_C == targets_C).sum()
+    return total, right
 
 
 def agrees(model: Any, batch: dict[str, Any]) -> bool:
@@ -110,7 +125,7 @@ def _put_loss_into(head: Any) -> Callable[[], None]:
         return lambda: None
     own_forward: Callable[..., Tensor] = head.forward
 
-    def forward(hidden: Tensor, *given: Any, targets: Tensor | None = None, **options: Any) -> Tensor:
+    def forward(hidden: Tensor, *given: Any, targets: Tensor | None = None, **options: Any) -> Any:
         if targets is None:
             return own_forward(hidden, *given, **options)
         return head_loss(hidden, head, targets, own_forward)
@@ -178,7 +193,9 @@ class _HeadLoss(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, hidden_KD: Tensor, weight_VD: Tensor, bias_V: Any, targets_K: Tensor, size: int) -> Tensor:
+    def forward(
+        ctx: Any, hidden_KD: Tensor, weight_VD: Tensor, bias_V: Any, targets_K: Tensor, size: int
+    ) -> tuple[Tensor, Tensor]:
         device = hidden_KD.device.type
         few = len(targets_K) <= FEW
         cast = torch.is_autocast_enabled(device) and not few
@@ -191,6 +208,7 @@ class _HeadLoss(torch.autograd.Function):
         d_weight = torch.zeros_like(weight_VD) if wants_weight and not later else None
         d_bias = torch.zeros_like(bias_V) if wants_bias else None
         d_CV = None
+        right = torch.zeros((), dtype=torch.long, device=hidden_KD.device)
         with torch.autocast(device, enabled=False):
             for start in range(0, len(targets_K), size):
                 part = slice(start, start + size)
@@ -200,7 +218,9 @@ class _HeadLoss(torch.autograd.Function):
                     logits_CV += bias_V.to(dtype)
                 logits_CV = logits_CV.to(total.dtype)
                 total_C = logits_CV.logsumexp(-1)
-                total += (total_C - logits_CV.gather(1, targets_C[:, None])[:, 0]).sum()
+                told_C = logits_CV.gather(1, targets_C[:, None])[:, 0]
+                total += (total_C - told_C).sum()
+                right += (told_C == logits_CV.amax(-1)).sum()
                 if not (wants_hidden or wants_weight or wants_bias):
                     continue
                 # d loss / d logits: the softmax, less one at the target.
@@ -219,7 +239,8 @@ class _HeadLoss(torch.autograd.Function):
         kept = (d_hidden, d_weight, d_bias, d_CV if later else None, hidden if later else None)
         ctx.save_for_backward(*kept)
         ctx.dtypes = hidden_KD.dtype, weight_VD.dtype
-        return total
+        ctx.mark_non_differentiable(right)
+        return total, right
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
@@ -240,5 +261,6 @@ class _HeadLoss(torch.autograd.Function):
         )
 
 
-def _slice_loss(head: Any, hidden_CD: Tensor, targets_C: Tensor) -> Tensor:
-    return functional.cross_entropy(head(hidden_CD).float(), targets_C, reduction="sum")
+def _slice_loss(head: Any, hidden_CD: Tensor, targets_C: Tensor) -> tuple[Tensor, Tensor]:
+    logits_CV = head(hidden_CD).float()
+    return functional.cross_entropy(logits_CV, targets_C, reduction="sum"), logits_CV.detach().argmax(-1)

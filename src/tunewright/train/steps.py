@@ -32,6 +32,7 @@ class Steps(Trainer):
         self.budget = budget
         self.at_work: list[Row] = []
         self.counts = True
+        self.right = self.said = 0
         super().__init__(**options)
         trained = sum(weight.numel() for weight in self.model.parameters() if weight.requires_grad)
         weights = sum(weight.numel() for weight in self.model.parameters())
@@ -44,7 +45,7 @@ class Steps(Trainer):
         or device it falls to. Where the memory does not suffice, the bins are made smaller and the step begins again.
         """
         rows: list[Row] = inputs["rows"]
-        random_state = _random_state()
+        random_state, before = _random_state(), (self.right, self.said)
         while True:
             try:
                 loss = self._step(model, rows, num_items_in_batch)
@@ -54,6 +55,7 @@ class Steps(Trainer):
                     raise
             self._make_smaller(model, rows)  # here, where the error no longer holds the step's tensors
             _set_random_state(random_state)
+            self.right, self.said = before
         return loss
 
     def _step(self, model: Any, rows: Sequence[Row], num_items_in_batch: Any) -> torch.Tensor:
@@ -83,8 +85,20 @@ class Steps(Trainer):
         return total
 
     def compute_loss(self, *given: Any, **options: Any) -> Any:
-        loss = super().compute_loss(*given, **options)
-        return loss if self.counts else loss * 0.0
+        loss, outputs = super().compute_loss(*given, **options, return_outputs=True)
+        if not self.counts:
+            return loss * 0.0
+        targets = given[1]["labels" if self.layout == "plain" else "targets"]
+        right = (outputs.logits.argmax(-1) == targets).sum() if self.layout == "plain" else outputs.right
+        self.right += int(right)
+        self.said += len(targets)
+        return loss
+
+    def take_accuracy(self) -> float:
+        """The share of targets since the last time that the model would have said itself, on all devices."""
+        right, said = sum(gather(self.right)), sum(gather(self.said))
+        self.right = self.said = 0
+        return right / said
 
     def _make_smaller(self, model: Any, rows: Sequence[Row]) -> None:
         """Half the tokens in a forward, so about twice as many forwards for a step: the same sums in other pieces."""

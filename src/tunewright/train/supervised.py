@@ -25,6 +25,7 @@ from tunewright.train.exact import Exact
 from tunewright.train.frozen import Lower
 from tunewright.train.sharded import Sharded
 from tunewright.train.steps import Steps, settle
+from tunewright.train.together import gather, is_first
 from tunewright.train.weights import Base, trainable
 
 
@@ -105,12 +106,20 @@ class SupervisedTrainer(Steps, Sharded, Exact):
         self.highest_loss = math.inf
         super().__init__(**options)
         if self.start is not None:
-            self.budget = checkpoints.facts(self.start)["tokens_per_forward"]
+            sealed = checkpoints.facts(self.start)
+            self.budget = sealed["tokens_per_forward"]
+            if is_first():
+                self.right, self.said = sealed["right_since_log"], sealed["said_since_log"]
 
     def training_step(self, *given: Any, **options: Any) -> torch.Tensor:
         loss = super().training_step(*given, **options)
         self._refuse_explosion(float(loss))
         return loss
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if "loss" in logs:
+            logs = {"loss": logs["loss"], "mean_token_accuracy": self.take_accuracy(), **logs}
+        super().log(logs, start_time)
 
     def say_smaller(self, step: int, largest: int) -> None:
         self.run.event("train", "out of memory", step=step, tokens=largest, tokens_per_forward=self.budget)
@@ -154,7 +163,11 @@ class SupervisedTrainer(Steps, Sharded, Exact):
         return right / len(renderings)
 
     def sealed_facts(self) -> dict[str, Any]:
-        return super().sealed_facts() | {"tokens_per_forward": self.budget}
+        return super().sealed_facts() | {
+            "tokens_per_forward": self.budget,
+            "right_since_log": sum(gather(self.right)),
+            "said_since_log": sum(gather(self.said)),
+        }
 
     def rows_at_work(self) -> list[str]:
         return [self.train_dataset.store.source(row.number) for row in self.at_work]
