@@ -1,9 +1,9 @@
 """Steps of training against what people use: examples a second and peak memory, like with like.
 
 The lab's own job: a GPT-2 of 124M weights (random, since speed does not depend on them), texts of IMDB's lengths, two
-tokens of label behind each. Every rival is timed on the same rows, after a step of others to warm up; they come in pairs
-of like length, so that those that group by length have next to no padding. Each measurement is a process of its own, so
-that its peak memory is its own; the rivals take turns, so that a busy moment of the machine hits all of them alike.
+tokens of label behind each. Every rival is timed on the same rows, after a step of others to warm up; they come in
+pairs of like length, so that those that group by length have next to no padding. Each measurement is a process of its
+own, so that its peak memory is its own; the rivals take turns, so that a busy moment of the machine hits all of them.
 
 `python -m bench.train RIVAL` runs one measurement and prints it as JSON.
 """

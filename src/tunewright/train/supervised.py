@@ -6,6 +6,7 @@ One step of training is `steps.Steps.training_step`; read on from there.
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Sequence
 from typing import Any
 
@@ -43,12 +44,13 @@ def fit(run: Run, tracker: Tracker) -> None:
     tokenizer, equipment = base.tokenizer, base.equipment
     rows = _rows(run, "train", tokenizer)
     validation = _rows(run, "validation", tokenizer) if recipe.data.validation else None
-    if recipe.train.dataloader_drop_last and len(rows) < recipe.train.batch_size:
-        raise DataError(
-            f"{len(rows)} training rows do not fill one batch of {recipe.train.batch_size}, and "
-            "train.dataloader_drop_last leaves out what does not; lower train.batch_size"
-        )
     together = recipe.train.batch_size * recipe.train.gradient_accumulation_steps
+    of_all = together * int(os.environ.get("WORLD_SIZE", 1))
+    if recipe.train.dataloader_drop_last and len(rows) < of_all:
+        raise DataError(
+            f"{len(rows)} training rows do not fill one step of {of_all}, and train.dataloader_drop_last leaves out "
+            "what does not; lower train.batch_size or train.gradient_accumulation_steps"
+        )
     arguments = exact.arguments(
         recipe, run, base.device, per_device_train_batch_size=together, gradient_accumulation_steps=1
     )
@@ -105,7 +107,9 @@ class SupervisedTrainer(Steps, Sharded, Exact):
         self.highest_loss = math.inf
         super().__init__(**options)
         if self.start is not None:
-            self.budget = checkpoints.facts(self.start)["tokens_per_forward"]
+            sealed = checkpoints.facts(self.start)
+            self.budget = sealed["tokens_per_forward"]
+            self.smooth_loss, self.highest_loss = sealed["smooth_loss"], sealed["highest_loss"]
 
     def training_step(self, *given: Any, **options: Any) -> torch.Tensor:
         loss = super().training_step(*given, **options)
@@ -154,7 +158,11 @@ class SupervisedTrainer(Steps, Sharded, Exact):
         return right / len(renderings)
 
     def sealed_facts(self) -> dict[str, Any]:
-        return super().sealed_facts() | {"tokens_per_forward": self.budget}
+        return super().sealed_facts() | {
+            "tokens_per_forward": self.budget,
+            "smooth_loss": self.smooth_loss,
+            "highest_loss": self.highest_loss,
+        }
 
     def rows_at_work(self) -> list[str]:
         return [self.train_dataset.store.source(row.number) for row in self.at_work]
