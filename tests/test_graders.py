@@ -265,10 +265,19 @@ def test_a_label_is_worth_1_where_it_passes(judge: Any, key: str) -> None:
     assert "not one of good, fair, bad" in failure("a", {"q": "q"}, **scoring(judge, key, **labels))
 
 
+def test_a_label_may_end_as_a_sentence_does(judge: Any, key: str) -> None:
+    labels = {"type": "label_model", "labels": ["N.A.", "yes"], "passing_labels": ["N.A."]}
+    for said, score in (("N.A.", 1.0), ('{"result": "N.A."}', 1.0), ("yes.", 0.0), ('{"result": "yes"}', 0.0)):
+        judge.reply = lambda asked, said=said: said
+        assert grade("a", {"q": "q"}, **scoring(judge, key, **labels)).score == score
+
+
 def test_a_key_that_is_not_set_and_an_endpoint_that_is_not_there_are_named(key: str) -> None:
     class Nowhere:
         url = "http://127.0.0.1:9/v1"
 
+    found = failure("a", {"q": "q"}, **scoring(Nowhere, key, type="score_model"))
+    assert found.startswith("rows.jsonl:7: the judging model big at http://127.0.0.1:9/v1: ")
     given = scoring(Nowhere, "NO_SUCH_KEY", type="score_model")
     assert "environment variable NO_SUCH_KEY" in failure("a", {"q": "q"}, **given)
 

@@ -110,7 +110,11 @@ def fits(model: Any, vocab_size: int, max_length: int) -> bool:
         with torch.no_grad():
             apart = torch.cat([model(input_ids=row, use_cache=False).logits for row in rows], dim=1)
             model.set_attn_implementation(FLAT)
-            together = model(**lay([row[0].tolist() for row in rows], model.device), use_cache=False).logits
+            batch = lay([row[0].tolist() for row in rows], model.device)
+            together = model(**batch, use_cache=False).logits
+            if model.device.type == "cuda":  # the kernel of half precision, which the line above does not reach
+                with torch.autocast("cuda", torch.get_autocast_dtype("cuda")):
+                    model(**batch, use_cache=False)
     except (ValueError, TypeError, RuntimeError, KeyError, IndexError):
         agree = False  # an architecture that takes no such batch
     else:

@@ -26,6 +26,8 @@ NOT_BETTER = 3
 INTERRUPTED = 130
 NOT_OURS = (errno.ENOENT, errno.EACCES, errno.EPERM, errno.EISDIR, errno.ENOTDIR, errno.ENAMETOOLONG, errno.EROFS)
 """What the system says of a path that a person gave and that cannot be read or written."""
+OUT_OF_MEMORY = ("can't allocate memory", "out of memory")
+"""What torch says where no memory is left: on a CPU, and on a GPU or Apple's."""
 
 
 class TunewrightError(Exception):
@@ -89,6 +91,13 @@ def explained(error: BaseException) -> TunewrightError | None:
         return UserError(f"{error.filename}: {error.strerror}")
     if isinstance(error, RuntimeError) and "No space left on device" in str(error):  # safetensors, torch
         return DiskFullError("no space left on the disk; free some and run the same command again")
+    if isinstance(error, MemoryError) or (
+        isinstance(error, RuntimeError) and any(words in str(error) for words in OUT_OF_MEMORY)
+    ):
+        return StageError(
+            "out of memory; set train.gradient_checkpointing: true, train.method: lora, a smaller train.batch_size, "
+            "evaluate.batch_size or train.max_length, and run the same command again"
+        )
     return None
 
 

@@ -167,7 +167,7 @@ def compute(text: str, values: Mapping[str, float]) -> float:
         value = _value(formula(text), values)
     except ValueError as error:  # math's own: log of 0, sqrt of -1
         raise ArithmeticError(str(error)) from None
-    if isinstance(value, complex) or not math.isfinite(value):
+    if not math.isfinite(value):
         raise ArithmeticError(f"the result is {value}")
     return value
 
@@ -202,7 +202,10 @@ def _value(node: ast.AST, values: Mapping[str, float]) -> float:
         case ast.Name(id=name):
             return float(values[name])
         case ast.BinOp():
-            return OPERATORS[type(node.op)](_value(node.left, values), _value(node.right, values))
+            result = OPERATORS[type(node.op)](_value(node.left, values), _value(node.right, values))
+            if isinstance(result, complex):
+                raise ArithmeticError("a root of a negative number")
+            return result
         case ast.UnaryOp():
             return OPERATORS[type(node.op)](_value(node.operand, values))
         case ast.Call(func=ast.Name(id=name)):

@@ -401,18 +401,22 @@ class _Judge:
     def _read(self, said: str) -> float | None:
         """The score in what the model says; None where there is none."""
         if isinstance(self.spec, LabelModel):
-            label = said.strip().strip("\"'.")
-            return float(label in self.spec.passing_labels) if label in self.spec.labels else None
-        text = said.strip()
-        try:
-            value = json.loads(text)
-        except ValueError:
-            value = text
-        if isinstance(value, dict):  # OpenAI's own judges answer with an object that has `result`
-            value = value.get("result")
+            plain = str(_result(said)).strip()
+            label = next((one for one in (plain, plain.strip("\"'.")) if one in self.spec.labels), None)
+            return None if label is None else float(label in self.spec.passing_labels)
+        value = _result(said)
         try:
             score = float(value)
         except (TypeError, ValueError):
             return None
         low, high = self.spec.range
         return score if low <= score <= high else None
+
+
+def _result(said: str) -> Any:
+    """What a judge answers; OpenAI's own answer with an object that has it as `result`."""
+    try:
+        value = json.loads(said)
+    except ValueError:
+        value = None
+    return value.get("result") if isinstance(value, dict) else said.strip()

@@ -30,8 +30,8 @@ def estimate(recipe: Recipe, resolved: dict[str, Any]) -> dict[str, Any]:
     sequences = splits["train"]["sequences"]
     answers_drawn = train.grpo.num_generations if recipe.task == "reward" else 0
     sequences *= answers_drawn or 1
-    batches = sequences // train.batch_size if train.dataloader_drop_last else math.ceil(sequences / train.batch_size)
-    per_epoch = max(1, math.ceil(batches / train.gradient_accumulation_steps))
+    together = train.batch_size * train.gradient_accumulation_steps
+    per_epoch = max(1, sequences // together if train.dataloader_drop_last else math.ceil(sequences / together))
     if answers_drawn:
         per_epoch *= train.grpo.num_iterations
     steps = train.max_steps if train.max_steps > 0 else math.ceil(per_epoch * train.epochs)

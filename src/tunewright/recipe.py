@@ -405,8 +405,8 @@ class Train(Section):
     once, without dropout, and kept on disk while training lasts (4 bytes x hidden size x tokens)."""
     tokens_per_forward: int | None = Field(default=None, ge=1)
     """Tokens that one forward and backward takes at most (a longer row goes alone). The rows of a step are spread over
-    as many forwards as that needs; the result is the same, the memory is not. Default: 2,048 on a CPU, 16,384 on a
-    GPU."""
+    as many forwards as that needs; the sums are the same (but for dropout, whose draws follow the forwards), the memory
+    is not. Default: 2,048 on a CPU, 16,384 on a GPU."""
 
     max_steps: int = Field(default=-1, ge=-1)
     """Stop after this many optimizer steps; -1 leaves it to `epochs`."""
@@ -561,13 +561,10 @@ class Train(Section):
                 f"they are {self.save_strategy} and {self.eval_strategy}"
             )
         every = self.eval_steps or self.logging_steps
-        times = self.save_steps / every
-        if self.save_strategy == "steps" and (
-            (every < 1) != (self.save_steps < 1) or abs(times - round(times)) > 1e-6 or round(times) < 1
-        ):
+        if self.save_strategy == "steps" and self.save_steps != every:
             raise ValueError(
-                f"load_best_model_at_end needs save_steps ({self.save_steps:g}) to be a multiple of eval_steps "
-                f"({every:g})"
+                f"load_best_model_at_end needs a checkpoint for each measurement: save_steps is {self.save_steps:g} "
+                f"and eval_steps {every:g}; make them the same"
             )
 
     @model_validator(mode="before")
@@ -795,6 +792,13 @@ class PythonGrader(Section):
     with your files and network: run no source that you do not trust."""
     timeout_s: float = Field(default=10.0, gt=0)
     """Seconds that one answer may take."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _runs_here(cls, given: Any) -> Any:
+        if isinstance(given, Mapping) and given.get("image_tag") is not None:
+            raise ValueError("image_tag names a container of OpenAI's, and source runs in this Python; remove it")
+        return given
 
     @model_validator(mode="after")
     def _has_grade(self) -> PythonGrader:

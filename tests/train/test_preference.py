@@ -104,12 +104,16 @@ def test_training_and_evaluation_mean_the_same_margin(begin: Begin) -> None:
 
 
 @METHODS
-def test_the_first_loss_is_that_of_a_model_that_is_still_the_base(begin: Begin, train: dict[str, Any]) -> None:
-    run = begin(train=train | {"max_steps": 1, "logging_steps": 1})
+@pytest.mark.parametrize("bf16", [False, True])
+def test_the_first_loss_is_that_of_a_model_that_is_still_the_base(
+    begin: Begin, train: dict[str, Any], bf16: bool
+) -> None:
+    """In bfloat16 too, where rows in another batch are rounded otherwise: but not as float32 differs from it."""
+    run = begin(train=train | {"max_steps": 1, "logging_steps": 1, "bf16": bf16})
     fit(run)
     first = run.metrics()[0]
-    assert first["loss"] == pytest.approx(math.log(2), abs=1e-5)
-    assert first["rewards/margins"] == pytest.approx(0.0, abs=1e-4)
+    assert first["loss"] == pytest.approx(math.log(2), abs=1e-3 if bf16 else 1e-5)
+    assert first["rewards/margins"] == pytest.approx(0.0, abs=2e-3 if bf16 else 1e-4)
 
 
 def test_what_trl_is_given_are_the_ids_of_our_rendering(begin: Begin, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -116,6 +116,44 @@ def test_a_loss_that_runs_away_stops_with_step_and_rows(prepare: Prepare) -> Non
     assert not run.manifest_file("train").exists()
 
 
+def test_the_guard_against_a_loss_that_runs_away_remembers_what_was_before_a_resume(prepare: Prepare) -> None:
+    train = PLAIN | {"method": "full", "learning_rate": 3.0, "epochs": 40, "lr_scheduler_type": "constant"}
+    unbroken, broken = (prepare(train=train | {"save_steps": 1}) for _ in range(2))
+    with pytest.raises(StageError, match="has risen to") as first:
+        fit(unbroken)
+    for _ in range(2):  # again and again: a ceiling that is found anew each time would rise with the loss
+        with pytest.raises(StageError, match="has risen to") as again:
+            fit(broken)
+        assert said(again.value) == said(first.value)
+
+
+def said(error: Exception) -> str:
+    """What an error says of the loss and the step."""
+    return str(error).partition(" (rows")[0]
+
+
+def test_noise_on_a_rows_embeddings_does_not_depend_on_the_rows_beside_it(prepare: Prepare) -> None:
+    """Its largest value is alpha / sqrt(tokens of the row x hidden size), whatever else lies in the forward."""
+    seen: list[tuple[list[int], torch.Tensor]] = []
+
+    class Watched(supervised.SupervisedTrainer):
+        def compute_loss(self, model: Any, inputs: Any, *given: Any, **options: Any) -> Any:
+            embeddings = model.get_input_embeddings()
+            ids = inputs["input_ids"]
+            noise = embeddings(ids) - torch.nn.functional.embedding(ids, embeddings.weight)
+            seen.append(([len(row.ids) for row in self.at_work], noise.detach()))
+            return super().compute_loss(model, inputs, *given, **options)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(supervised, "SupervisedTrainer", Watched)
+        fit(prepare(train=PLAIN | {"method": "full", "epochs": 1, "neftune_noise_alpha": 5.0}))
+    assert any(len(lengths) > 1 for lengths, _ in seen)
+    for lengths, noise_BTD in seen:
+        for length, noise_TD in zip(lengths, noise_BTD[0].split(lengths), strict=True):
+            largest = 5.0 / (length * noise_TD.shape[-1]) ** 0.5
+            assert 0.9 * largest < float(noise_TD.abs().max()) <= largest * 1.0001
+
+
 VALIDATED = PLAIN | {
     "epochs": 6,
     "eval_strategy": "epoch",

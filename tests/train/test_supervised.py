@@ -275,9 +275,11 @@ def test_a_loss_that_is_no_number_stops_with_step_and_checkpoint(
 
 
 def test_rows_that_do_not_fill_a_batch_are_refused_where_the_rest_is_dropped(prepare: Prepare) -> None:
-    run = prepare(rows=4, train={"batch_size": 8, "dataloader_drop_last": True})
-    with pytest.raises(DataError, match="4 training rows do not fill one batch of 8"):
-        fit(run)
+    for batch_size, accumulation in ((8, 1), (2, 4)):
+        train = {"batch_size": batch_size, "gradient_accumulation_steps": accumulation, "dataloader_drop_last": True}
+        run = prepare(rows=4, train=train | {"max_steps": 3})
+        with pytest.raises(DataError, match="4 training rows do not fill one step of 8"):
+            fit(run)
 
 
 @pytest.mark.parametrize(

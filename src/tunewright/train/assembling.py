@@ -89,16 +89,13 @@ def collate(rows: Sequence[Row]) -> dict[str, Any]:
     return {"rows": list(rows), "labels": targets, "shift_labels": targets}
 
 
-def into_bins(
-    lengths: Sequence[int], budget: int, *, layout: Layout = "flat", most_rows: int | None = None
-) -> list[list[int]]:
+def into_bins(lengths: Sequence[int], budget: int, *, layout: Layout = "flat") -> list[list[int]]:
     """Which rows go into which bin, the longest rows first, each into the fullest bin that has room for it (best-fit
     decreasing). The order decides nothing but the order of the sums.
 
     Args:
         lengths: Tokens of each row.
         budget: Tokens of a bin, padding included; a longer row has a bin to itself.
-        most_rows: Rows of a bin at most.
     """
     order = sorted(range(len(lengths)), key=lambda row: (-lengths[row], row))
     bins: list[list[int]] = []
@@ -107,8 +104,7 @@ def into_bins(
         best = None
         for number, held in enumerate(bins):
             size = used[number] + lengths[row] if layout == "flat" else lengths[held[0]] * (len(held) + 1)
-            fits = size <= budget and (most_rows is None or len(held) < most_rows)
-            if fits and (best is None or used[number] > used[best]):
+            if size <= budget and (best is None or used[number] > used[best]):
                 best = number
         if best is None:
             bins.append([row])

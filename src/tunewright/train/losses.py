@@ -101,8 +101,13 @@ def head_loss(
 def agrees(model: Any, batch: dict[str, Any]) -> bool:
     """Whether the loss of a batch with `kept` and `targets` is that of the model's own logits there.
 
-    Architectures that cap or scale their logits, or add a loss of their own, do not agree.
+    Architectures that scale their logits do not agree. Those that cap them are not asked, since small logits, which are
+    all that a try may have, are hardly changed by a cap; nor those that add a loss of their own (the routers' of a
+    mixture of experts, where the config asks for it).
     """
+    config = model.config.get_text_config()
+    if getattr(config, "final_logit_softcapping", None) or getattr(config, "output_router_logits", False):
+        return False
     was_training = model.training
     model.eval()
     plain = {key: value for key, value in batch.items() if key not in ("kept", "targets")}

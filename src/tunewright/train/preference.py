@@ -1,7 +1,8 @@
 """Learning from pairs: direct preference optimization (Rafailov et al., 2023) by TRL's DPOTrainer.
 
 TRL computes the loss. What it is given are ids that `chat.py` rendered (it tokenises and truncates nothing), and the
-base's log-probability of every answer, computed once before training, so that no second model stays in memory.
+log-probability of every answer under the model that training begins with (the base, or the base with the adapter that
+`train.adapter` names), computed once before training, so that no second model stays in memory.
 """
 
 from __future__ import annotations
@@ -75,9 +76,12 @@ def fit(run: Run, tracker: Tracker) -> None:
     for split, rows in pairs.items():
 
         def progress(done: int, total: int, split: str = split) -> None:
-            run.set_progress("train", done, total, f"the base's log-probabilities ({split})")
+            run.set_progress("train", done, total, f"log-probabilities before training ({split})")
 
-        datasets[split] = _dataset(rows, log_probabilities(completer, rows, progress=progress))
+        # As the policy's will be computed: else one that has learnt nothing yet would differ from its reference.
+        with torch.autocast(torch.device(base.device).type, torch.bfloat16, enabled=arguments.bf16):
+            reference_logps = log_probabilities(completer, rows, progress=progress)
+        datasets[split] = _dataset(rows, reference_logps)
     watch = exact.Watch(run)
     try:
         trainer = PreferenceTrainer(
@@ -94,7 +98,8 @@ def fit(run: Run, tracker: Tracker) -> None:
     except (ValueError, NotImplementedError) as error:
         raise RecipeError(f"train: {error}") from error
     tokens = sum(2 * len(pair.prompt) + len(pair.chosen) + len(pair.rejected) for pair in pairs["train"])
-    reference = "log-probabilities of the base, computed before training"
+    begun = "the base" if recipe.train.adapter is None else "the base with the adapter that training goes on from"
+    reference = f"log-probabilities of {begun}, computed before training"
     exact.drive(trainer, watch, tokens=tokens, algorithm="DPO", beta=dpo.beta, reference=reference)
 
 

@@ -120,6 +120,7 @@ class RewardTrainer(Borrowed, GRPOTrainer):
             self.ref_model = reference.eval().requires_grad_(False)
             disable_dropout_in_model(self.ref_model)
             add_fused_lm_head(self.ref_model, temperature=self.temperature)
+            self.ref_model = self.accelerator.prepare_model(self.ref_model, evaluation_mode=True)
         stops = list(completer.equipment.stop_ids)
         self.eos_token_ids = self.generation_config.eos_token_id = self.generation_kwargs["eos_token_id"] = stops
 

@@ -13,7 +13,7 @@ import torch
 from transformers import Trainer
 
 from tunewright import attention
-from tunewright.errors import StageError
+from tunewright.errors import OUT_OF_MEMORY, StageError
 from tunewright.lean import slim
 from tunewright.train import losses
 from tunewright.train.assembling import Layout, Row, assemble, into_bins
@@ -34,6 +34,7 @@ class Steps(Trainer):
         self.counts = True
         self.right = self.said = 0
         super().__init__(**options)
+        self._take_noise_over()
         trained = sum(weight.numel() for weight in self.model.parameters() if weight.requires_grad)
         weights = sum(weight.numel() for weight in self.model.parameters())
         self.flops_per_token: int = 4 * weights + 2 * trained
@@ -84,6 +85,29 @@ class Steps(Trainer):
         self.at_work = list(rows)
         return total
 
+    def _take_noise_over(self) -> None:
+        """NEFTune (Jain et al., 2023, arXiv:2310.05914): noise on the embeddings, less the longer a row is.
+
+        Transformers' own hook takes the whole forward for one row, so with rows end to end the noise would follow
+        `budget`.
+        """
+        alpha = self.args.neftune_noise_alpha
+        self.neftune_noise_alpha: float | None = None  # which Transformers' own hook would look at
+        if alpha is None:
+            return
+        inner = self.model.get_base_model() if hasattr(self.model, "peft_config") else self.model
+
+        def add_noise(module: Any, _: Any, embedded_BTD: torch.Tensor) -> torch.Tensor:
+            if not module.training:
+                return embedded_BTD
+            lengths = torch.tensor([len(row.ids) for row in self.at_work], device=embedded_BTD.device)
+            if self.layout == "flat":
+                lengths = lengths.repeat_interleave(lengths)[None]
+            largest = alpha / (lengths[..., None] * embedded_BTD.shape[-1]).sqrt().reshape(len(embedded_BTD), -1, 1)
+            return embedded_BTD + (2 * torch.rand_like(embedded_BTD) - 1) * largest
+
+        inner.get_input_embeddings().register_forward_hook(add_noise)
+
     def compute_loss(self, *given: Any, **options: Any) -> Any:
         loss, outputs = super().compute_loss(*given, **options, return_outputs=True)
         if not self.counts:
@@ -103,7 +127,8 @@ class Steps(Trainer):
     def _make_smaller(self, model: Any, rows: Sequence[Row]) -> None:
         """Half the tokens in a forward, so about twice as many forwards for a step: the same sums in other pieces."""
         lengths = [len(row.ids) for row in rows]
-        largest = max(sum(lengths[place] for place in held) for held in into_bins(lengths, self.budget))
+        bins = into_bins(lengths, self.budget, layout=self.layout)
+        largest = max(self._size([lengths[place] for place in held]) for held in bins)
         step, longest = self.state.global_step + 1, max(lengths)
         if largest <= longest or self.args.world_size > 1:
             what = f"a forward of {largest} tokens" + ("" if self.args.world_size > 1 else ", one row,")
@@ -117,11 +142,15 @@ class Steps(Trainer):
             torch.cuda.empty_cache()
         self.say_smaller(step, largest)
 
+    def _size(self, lengths: Sequence[int]) -> int:
+        """Tokens of a bin, padding included."""
+        return sum(lengths) if self.layout == "flat" else max(lengths) * len(lengths)
+
     def say_smaller(self, step: int, largest: int) -> None:
         """Tell that a forward of `largest` tokens did not fit and `budget` is smaller from now on."""
         print(
             f"out of memory at step {step} with {largest} tokens in a forward; going on with {self.budget} and more "
-            "forwards a step, which does not change the result",
+            "forwards a step: the same sums in other pieces (with dropout, other draws)",
             file=sys.stderr,
         )
 
@@ -160,5 +189,6 @@ def _set_random_state(state: list[torch.Tensor]) -> None:
 
 
 def _is_out_of_memory(error: RuntimeError) -> bool:
-    """On a GPU torch has an error of its own; on a CPU it is known by its words alone."""
-    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+    """On a GPU torch has an error of its own; on a CPU and on Apple's it is known by its words alone."""
+    said = str(error)
+    return isinstance(error, torch.OutOfMemoryError) or any(words in said for words in OUT_OF_MEMORY)

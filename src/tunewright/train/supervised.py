@@ -6,6 +6,7 @@ One step of training is `steps.Steps.training_step`; read on from there.
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Sequence
 from typing import Any
 
@@ -44,12 +45,13 @@ def fit(run: Run, tracker: Tracker) -> None:
     tokenizer, equipment = base.tokenizer, base.equipment
     rows = _rows(run, "train", tokenizer)
     validation = _rows(run, "validation", tokenizer) if recipe.data.validation else None
-    if recipe.train.dataloader_drop_last and len(rows) < recipe.train.batch_size:
-        raise DataError(
-            f"{len(rows)} training rows do not fill one batch of {recipe.train.batch_size}, and "
-            "train.dataloader_drop_last leaves out what does not; lower train.batch_size"
-        )
     together = recipe.train.batch_size * recipe.train.gradient_accumulation_steps
+    of_all = together * int(os.environ.get("WORLD_SIZE", 1))
+    if recipe.train.dataloader_drop_last and len(rows) < of_all:
+        raise DataError(
+            f"{len(rows)} training rows do not fill one step of {of_all}, and train.dataloader_drop_last leaves out "
+            "what does not; lower train.batch_size or train.gradient_accumulation_steps"
+        )
     arguments = exact.arguments(
         recipe, run, base.device, per_device_train_batch_size=together, gradient_accumulation_steps=1
     )
@@ -110,6 +112,7 @@ class SupervisedTrainer(Steps, Sharded, Exact):
             self.budget = sealed["tokens_per_forward"]
             if is_first():
                 self.right, self.said = sealed["right_since_log"], sealed["said_since_log"]
+            self.smooth_loss, self.highest_loss = sealed["smooth_loss"], sealed["highest_loss"]
 
     def training_step(self, *given: Any, **options: Any) -> torch.Tensor:
         loss = super().training_step(*given, **options)
@@ -167,6 +170,8 @@ class SupervisedTrainer(Steps, Sharded, Exact):
             "tokens_per_forward": self.budget,
             "right_since_log": sum(gather(self.right)),
             "said_since_log": sum(gather(self.said)),
+            "smooth_loss": self.smooth_loss,
+            "highest_loss": self.highest_loss,
         }
 
     def rows_at_work(self) -> list[str]:
