@@ -43,6 +43,12 @@ class Store:
         with self.engine.begin() as connection:
             yield connection
 
+    @contextlib.contextmanager
+    def read(self) -> Iterator[Connection]:
+        """A transaction that only reads, and so waits for no writer."""
+        with self.engine.connect().execution_options(read_only=True) as connection, connection.begin():
+            yield connection
+
     def close(self) -> None:
         self.engine.dispose()
 
@@ -94,7 +100,13 @@ def row(connection: Connection, table: Table, **where: Any) -> dict[str, Any] | 
 
 
 def page(
-    connection: Connection, query: Select[Any], table: Table, *, after: int | None, limit: int, newest_first: bool = True
+    connection: Connection,
+    query: Select[Any],
+    table: Table,
+    *,
+    after: int | None,
+    limit: int,
+    newest_first: bool = True,
 ) -> tuple[list[dict[str, Any]], bool]:
     """A page of a table in the order of its numbers, and whether more follow.
 
