@@ -76,6 +76,12 @@ class Route:
     allowance: Allowance | None
     policy: filters.Policy
 
+    @property
+    def screens(self) -> bool:
+        """Whether answers are looked through: where not, a stream can be passed on as it comes."""
+        side = self.policy.completion
+        return bool(side.categories or side.blocklists)
+
     def admit(self, prompt_characters: int, max_tokens: int | None, best_of: int = 1) -> dict[str, str]:
         """Count the request against the deployment's quota; gives the headers that say how it stands.
 

@@ -24,7 +24,7 @@ ANY, GAP = "*", 3
 """`*` in a phrase, and how many words may stand there."""
 
 WORD = re.compile(r"\w+")
-APOSTROPHES = re.compile(r"(?<=\w)['\u2018\u2019\u02bc](?=\w)")
+APOSTROPHES = ("'", "\u2018", "\u2019", "\u02bc")
 UNSPACED = "\u0e00"
 """From here on (Thai, Chinese, Japanese, Korean) words are not reliably parted by spaces."""
 LOOKALIKES = str.maketrans(
@@ -48,7 +48,9 @@ def folded(text: str) -> str:
 
 def words(text: str) -> list[str]:
     """The words of a text that was folded; don't is one word."""
-    return WORD.findall(APOSTROPHES.sub("", text))
+    for mark in APOSTROPHES[: 1 if text.isascii() else None]:
+        text = text.replace(mark, "")
+    return WORD.findall(text)
 
 
 class Phrases(Generic[T]):
