@@ -1,4 +1,4 @@
-"""A server with chat routes that let no engine answer: the model says what it was told. All before an engine is real."""
+"""A server with chat routes without engines: the model says what it was told. All that is before an engine is real."""
 
 from __future__ import annotations
 

@@ -6,9 +6,11 @@ import shutil
 import stat
 import time
 from collections.abc import Callable
+from typing import Any
 
 import openai
 import pytest
+import requests
 from azure.core.exceptions import HttpResponseError, ResourceNotFoundError
 from azure.mgmt.cognitiveservices.models import (
     Account,
@@ -32,7 +34,8 @@ from management_client import (
 )
 
 from server_running import Running
-from tunewright.server import account_keys, keys
+from tunewright.server import account_keys, keys, management, models, store, tables
+from tunewright.server.management import DeploymentIn
 from tunewright.server.state import Server
 
 TUNED = "ft:gpt-4.1-mini-2025-04-14:tunewright::abcd1234"
@@ -210,19 +213,14 @@ def test_a_base_is_named_with_its_version_or_without(served: Running) -> None:
     ):
         body = {"sku": {"name": "GlobalStandard", "capacity": 2}, "properties": {"model": model}}
         deployed(served, "one", body)
-        with served.server.store.begin() as connection:
-            served.server.routes.forget()
-            from tunewright.server.store import row
-            from tunewright.server.tables import deployments
-
-            found = row(connection, deployments, name="one")
+        with served.server.store.read() as connection:
+            found = store.row(connection, tables.deployments, name="one")
         assert found is not None
         assert found["model"] == meant
 
 
-@pytest.mark.parametrize(
-    ("change", "code", "said"),
-    [
+def test_what_a_deployment_cannot_be(served: Running) -> None:
+    cases: list[tuple[dict[str, object], str, str]] = [
         ({"properties": {"model": {"name": "nothing"}}}, "DeploymentModelNotSupported", "nothing"),
         ({"sku": {"name": "ProvisionedManaged", "capacity": 100}}, "InvalidResourceProperties", "provisioned"),
         ({"sku": {"name": "Standard", "capacity": 0}}, "InvalidRequestContent", "capacity"),
@@ -240,15 +238,13 @@ def test_a_base_is_named_with_its_version_or_without(served: Running) -> None:
             "versionUpgradeOption",
         ),
         ({"properties": {}}, "InvalidRequestContent", "properties.model"),
-    ],
-)
-def test_what_a_deployment_cannot_be(served: Running, change: dict[str, object], code: str, said: str) -> None:
+    ]
     add_base(served.server, "small")
-    status, reply = call(served, "PUT", f"{LOCAL}/deployments/d", deployment("small") | change)
-    assert status == 400
-    assert set(reply) == {"error"}
-    assert reply["error"]["code"] == code
-    assert said in reply["error"]["message"]
+    for change, code, said in cases:
+        status, reply = call(served, "PUT", f"{LOCAL}/deployments/d", deployment("small") | change)
+        assert (status, reply["error"]["code"]) == (400, code), change
+        assert set(reply) == {"error"}
+        assert said in reply["error"]["message"]
     assert call(served, "GET", f"{LOCAL}/deployments")[1] == {"value": []}
 
 
@@ -328,21 +324,18 @@ def test_models_have_their_dates_of_retirement(served: Running) -> None:
     assert found["small"].skus[0].capacity.minimum == 1
 
 
-@pytest.mark.parametrize(
-    "properties",
-    [
-        {"publicNetworkAccess": "Disabled"},
-        {"networkAcls": {"defaultAction": "Deny"}},
-        {"disableLocalAuth": True},
-        {"encryption": {"keySource": "Microsoft.KeyVault"}},
-    ],
-)
-def test_promises_that_cannot_be_kept_are_not_given(served: Running, properties: dict[str, object]) -> None:
-    body = {"kind": "OpenAI", "sku": {"name": "S0"}, "location": "local", "properties": properties}
+def test_promises_that_cannot_be_kept_are_not_given(served: Running) -> None:
+    body: dict[str, Any] = {"kind": "OpenAI", "sku": {"name": "S0"}, "location": "local"}
     path = LOCAL.removesuffix("local") + "mine"
-    status, said = call(served, "PUT", path, body)
-    assert status == 400
-    assert next(iter(properties)) in said["error"]["message"]
+    for name, asked in {
+        "publicNetworkAccess": "Disabled",
+        "networkAcls": {"defaultAction": "Deny"},
+        "disableLocalAuth": True,
+        "encryption": {"keySource": "Microsoft.KeyVault"},
+    }.items():
+        status, said = call(served, "PUT", path, body | {"properties": {name: asked}})
+        assert status == 400
+        assert name in said["error"]["message"]
     body["properties"] = {"publicNetworkAccess": "Enabled", "networkAcls": {"defaultAction": "Allow"}}
     assert call(served, "PUT", path, body)[0] == 201
     assert call(served, "PATCH", path, {"tags": {"a": "b"}})[1]["tags"] == {"a": "b"}
@@ -369,8 +362,6 @@ def test_errors_are_in_the_control_planes_form(served: Running) -> None:
 
 
 def test_an_admins_key_is_taken_as_api_key_too(served: Running) -> None:
-    import requests
-
     with requests.Session() as session:
         session.trust_env = False
         reply = session.get(f"{served.url}{LOCAL}", headers={"api-key": served.admin_key})
@@ -386,9 +377,6 @@ def test_a_deployment_is_made_whichever_server_it_was_asked_of(
     served: Running, open_server: Callable[[], Server]
 ) -> None:
     """The one that answers here settles what another wrote."""
-    from tunewright.server import management
-    from tunewright.server.management import DeploymentIn
-
     add_base(served.server, "small")
     other = open_server()
     account = {
@@ -406,8 +394,6 @@ def test_a_deployment_is_made_whichever_server_it_was_asked_of(
 
 
 def test_a_base_folder_that_is_gone_fails_the_deployment(served: Running) -> None:
-    from tunewright.server import models
-
     folder = served.server.settings.data / "base"
     folder.mkdir()
     models.add_base(served.server.store, "mine", str(folder))
