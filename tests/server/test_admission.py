@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -23,8 +24,8 @@ def echo(open_server: Callable[[], Server]) -> Iterator[Running]:
     server = open_server()
     made = [keys.create(server.store, scope, scope=scope) for scope in ("training", "inference", "admin")]
     add_base(server, "small")
-    with running(echoing(server)) as url:
-        yield Running(server, url, *made)
+    with running(echoing(server)) as url, contextlib.closing(Running(server, url, *made)) as echo:
+        yield echo
 
 
 def ask(client: openai.OpenAI, model: str, text: str = "hello", **others: Any) -> Any:
@@ -53,10 +54,7 @@ def test_a_deployment_answers_on_both_surfaces_and_a_model_by_its_own_name(echo:
     with pytest.raises(openai.NotFoundError) as refused:
         ask(echo.client(), "nothing")
     assert refused.value.code == "model_not_found"
-    for client in (
-        echo.azure(),
-        openai.OpenAI(base_url=f"{echo.url}/openai/v1/", api_key=echo.key, max_retries=0),
-    ):
+    for client in (echo.azure(), echo.client(base="/openai/v1/")):
         with pytest.raises(openai.NotFoundError, match="does not exist") as refused:
             ask(client, "nothing")
         assert refused.value.code == "DeploymentNotFound"
@@ -126,8 +124,10 @@ def test_a_changed_capacity_holds_at_once_here_and_within_a_second_elsewhere(
 ) -> None:
     other = open_server()
     deployed(echo, "d", deployment("small", capacity=1))
-    with running(echoing(other)) as url:
-        elsewhere = openai.OpenAI(base_url=f"{url}/v1", api_key=echo.key, max_retries=0)
+    with (
+        running(echoing(other)) as url,
+        openai.OpenAI(base_url=f"{url}/v1", api_key=echo.key, max_retries=0) as elsewhere,
+    ):
         assert ask(elsewhere, "d").headers["x-ratelimit-limit-tokens"] == "1000"
         call(echo, "PATCH", f"{LOCAL}/deployments/d", {"sku": {"capacity": 30}})
         assert ask(echo.client(), "d").headers["x-ratelimit-limit-tokens"] == "30000"
@@ -231,8 +231,8 @@ def test_a_server_that_ends_writes_down_what_was_used(open_server: Callable[[], 
     server, reader = open_server(), open_server()
     key = keys.create(server.store, "one")
     add_base(server, "small")
-    with running(echoing(server)) as url:
-        ask(openai.OpenAI(base_url=f"{url}/v1", api_key=key), "small")
+    with running(echoing(server)) as url, openai.OpenAI(base_url=f"{url}/v1", api_key=key) as client:
+        ask(client, "small")
     assert [one["requests"] for one in used(reader)] == [1]
 
 

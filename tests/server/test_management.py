@@ -139,8 +139,8 @@ def test_an_accounts_keys_open_and_can_be_shown_again_and_renewed(served: Runnin
         for key in (shown.key1, shown.key2):
             served.client(key).files.list()
             served.azure(key).files.list()
-        with pytest.raises(HttpResponseError) as refused:
-            list(sdk(served, shown.key1).accounts.list(**PLAIN))
+        with sdk(served, shown.key1) as other, pytest.raises(HttpResponseError) as refused:
+            list(other.accounts.list(**PLAIN))
         assert refused.value.status_code == 403
         renewed = client.accounts.regenerate_key("local", "local", "Key1", **PLAIN)
     assert renewed.key1 != shown.key1

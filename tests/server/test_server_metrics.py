@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import logging
@@ -27,8 +28,8 @@ def echo(open_server: Callable[[], Server]) -> Iterator[Running]:
     server = open_server()
     made = [keys.create(server.store, scope, scope=scope) for scope in ("training", "inference", "admin")]
     add_base(server, "small")
-    with running(echoing(server)) as url:
-        yield Running(server, url, *made)
+    with running(echoing(server)) as url, contextlib.closing(Running(server, url, *made)) as echo:
+        yield echo
 
 
 def shown(served: Running) -> dict[tuple[str, frozenset[tuple[str, str]]], float]:
