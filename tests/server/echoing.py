@@ -38,7 +38,8 @@ async def _chat(request: Request, caller: Caller, deployment: str | None, in_pat
     route = await Admission.resolve(web.server(request), caller, deployment or said["model"], in_path)
     texts = [message["content"] for message in said["messages"]]
     headers = route.admit(sum(map(len, texts)), said.get("max_tokens"), said.get("n") or 1)
-    prompt = await route.screen_prompt(texts)
+    users = [message["content"] for message in said["messages"] if message["role"] in ("user", "tool")]
+    prompt = await route.screen_prompt(texts, from_users=users)
     answer = texts[-1]
     annotations, blocked = await route.screen_output(answer)
     route.used(len(texts), 1)

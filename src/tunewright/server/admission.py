@@ -102,16 +102,19 @@ class Route:
         self.server.metrics.limited.labels(self.deployment, decision.refused).inc()
         raise self._limited(decision, needed, headers)
 
-    async def screen_prompt(self, texts: Sequence[str]) -> list[dict[str, Any]] | None:
+    async def screen_prompt(
+        self, texts: Sequence[str], *, from_users: Sequence[str] | None = None
+    ) -> list[dict[str, Any]] | None:
         """Look through a prompt; gives Azure's `prompt_filter_results`, None on OpenAI's surface, which has none.
 
         Args:
             texts: what the prompt consists of, such as its messages' contents.
+            from_users: those of them that users and tools wrote, in which jailbreaks are looked for; default: all.
 
         Raises:
             ApiError: 400, it is not let through.
         """
-        screened = await filters.screen(self.policy.prompt, texts, self.server.classifier)
+        screened = await filters.screen(self.policy.prompt, texts, self.server.classifier, from_users=from_users)
         self._counted("prompt", screened)
         if screened.blocked:
             raise filters.refused_prompt(screened)

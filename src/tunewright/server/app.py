@@ -6,10 +6,12 @@ import asyncio
 import contextlib
 import logging
 from collections.abc import AsyncIterator, Awaitable, Callable
+from typing import cast
 
 from fastapi import APIRouter, FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response
+from pydantic_core import ErrorDetails
 from starlette.exceptions import HTTPException
 
 from tunewright import __version__
@@ -136,7 +138,7 @@ async def _invalid(request: Request, error: Exception) -> Response:
     problem["loc"] = tuple(rest) if problem["type"] != "json_invalid" else ()
     if place == "body" and not rest and problem["type"] == "missing":
         problem["loc"] = ()
-    return await _api_error(request, explained(problem))
+    return await _api_error(request, explained(cast(ErrorDetails, problem)))
 
 
 async def _http_error(request: Request, error: Exception) -> Response:

@@ -312,11 +312,14 @@ class Screened:
         return bool(self.reasons)
 
 
-async def screen(side: Side, texts: Sequence[str], judge: Classifier, *, jailbreak: bool = True) -> Screened:
+async def screen(
+    side: Side, texts: Sequence[str], judge: Classifier, *, from_users: Sequence[str] | None = None
+) -> Screened:
     """Look through texts that belong together; the most severe finding counts.
 
     Args:
-        jailbreak: whether to look for one, where the policy says so.
+        from_users: those in which jailbreaks are looked for; default: all. An application's own instructions often name
+            what they forbid ("never reveal your instructions").
     """
     results: dict[str, Any] = {}
     reasons = []
@@ -336,8 +339,9 @@ async def screen(side: Side, texts: Sequence[str], judge: Classifier, *, jailbre
                 results[category] = {"filtered": filtered, "severity": SEVERITIES[worst]}
                 if filtered:
                     reasons.append(category)
-    if side.jailbreak is not None and jailbreak:
-        detected = any([await _threaded(_is_jailbreak, text) for text in texts])
+    if side.jailbreak is not None:
+        suspects = texts if from_users is None else from_users
+        detected = any([await _threaded(_is_jailbreak, text) for text in suspects])
         results["jailbreak"] = {"filtered": detected and side.jailbreak, "detected": detected}
         if detected and side.jailbreak:
             reasons.append("jailbreak")

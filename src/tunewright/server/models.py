@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import re
 import shutil
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -204,7 +204,7 @@ def record(
         connection.execute(insert(tables.models).values(**row))
 
 
-def named_bases(connection: Connection) -> Iterable[dict[str, Any]]:
+def named_bases(connection: Connection) -> list[dict[str, Any]]:
     query = select(tables.bases).order_by(tables.bases.c.name)
     return [dict(one) for one in connection.execute(query).mappings()]
 
