@@ -456,7 +456,7 @@ def _settings(
 ) -> Any:
     from tunewright.server.state import Settings
 
-    return Settings(data.absolute(), database, files, tuple(sets or ()), **others)
+    return Settings(data.absolute(), database, files, overrides=tuple(sets or ()), **others)
 
 
 def _stage(
