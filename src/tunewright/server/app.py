@@ -48,17 +48,8 @@ def create_app(server: Server) -> FastAPI:
 
     @contextlib.asynccontextmanager
     async def lifespan(_app: FastAPI) -> AsyncIterator[None]:
-        await asyncio.to_thread(accounts.ensure_local, server)
-        stop = asyncio.Event()
-        tasks = [
-            asyncio.create_task(_every(SETTLE_S, stop, lambda: asyncio.to_thread(management.settle, server))),
-            asyncio.create_task(_every(FLUSH_S, stop, lambda: admission.flush(server))),
-        ]
-        yield
-        stop.set()
-        await asyncio.gather(*tasks)
-        await admission.flush(server)
-        await server.classifier.close()
+        async with _background(server):
+            yield
         server.close()
 
     app = FastAPI(
@@ -103,6 +94,22 @@ def ready(request: Request) -> Response:
 
 
 ROUTERS: tuple[APIRouter, ...] = (files.router, jobs.router, models.router, moderations.router)
+
+
+@contextlib.asynccontextmanager
+async def _background(server: Server) -> AsyncIterator[None]:
+    """What the server does by itself. What was used until the end is written down at the end."""
+    await asyncio.to_thread(accounts.ensure_local, server)
+    stop = asyncio.Event()
+    tasks = [
+        asyncio.create_task(_every(SETTLE_S, stop, lambda: asyncio.to_thread(management.settle, server))),
+        asyncio.create_task(_every(FLUSH_S, stop, lambda: admission.flush(server))),
+    ]
+    yield
+    stop.set()
+    await asyncio.gather(*tasks)
+    await admission.flush(server)
+    await server.classifier.close()
 
 
 async def _every(seconds: float, stop: asyncio.Event, do: Callable[[], Awaitable[None]]) -> None:
