@@ -61,18 +61,18 @@ class Admission:
             found: _Found = await server.routes.get((account, name), look)
         except _Absent as absent:
             raise _not_found(name, absent, azure=deployment or caller.surface == "azure") from None
-        return Route(server, caller, found.target, found.deployment, found.allowance, found.policy)
+        return Route(found.target, found.deployment, server, caller, found.allowance, found.policy)
 
 
-@dataclass(frozen=True)
+@dataclass
 class Route:
     """A name that a client sent, resolved."""
 
-    server: Server
-    caller: Caller
     target: Target
     deployment: str | None
     """Its name as it was given; None where a model is asked for without one."""
+    server: Server
+    caller: Caller
     allowance: Allowance | None
     policy: filters.Policy
 
