@@ -6,6 +6,7 @@ or of the machine, 2 the input is wrong, 3 evaluated and not better than `must_b
 
 from __future__ import annotations
 
+import enum
 import json
 import sys
 from pathlib import Path
@@ -72,6 +73,17 @@ FilesOption = Annotated[
     ),
 ]
 DATA = Path("tunewright-data")
+
+
+class LogFormat(enum.StrEnum):
+    text = "text"
+    json = "json"
+
+
+LogOption = Annotated[
+    LogFormat,
+    typer.Option(help="text: lines for a person. json: one object a line.", envvar="TUNEWRIGHT_LOG_FORMAT"),
+]
 
 keys = typer.Typer(name="keys", help="The keys that open the server.", no_args_is_help=True)
 models = typer.Typer(name="models", help="The bases that clients of the server can name.", no_args_is_help=True)
@@ -310,11 +322,22 @@ def serve(
     files: FilesOption = None,
     workers: Annotated[int, typer.Option(min=0, help="Worker processes to start beside it.")] = 1,
     sets: SetOption = None,
+    filter: Annotated[
+        str,
+        typer.Option(
+            metavar="CLASSIFIER",
+            help="Who judges texts for the content filter: words (a short list that ships), the base URL of an "
+            "OpenAI-style /moderations (its key in TUNEWRIGHT_FILTER_KEY), or package.module:name.",
+            envvar="TUNEWRIGHT_FILTER",
+        ),
+    ] = "words",
+    log_format: LogOption = LogFormat.text,
 ) -> None:
     """Serve the OpenAI and Azure OpenAI fine-tuning API, until Ctrl-C or SIGTERM."""
     from tunewright.server import process
 
-    process.serve(_settings(data, database, files, sets), host=host, port=port, workers=workers)
+    settings = _settings(data, database, files, sets, filter=filter, log_format=log_format.value)
+    process.serve(settings, host=host, port=port, workers=workers)
 
 
 @app.command()
@@ -327,11 +350,13 @@ def worker(
         float, typer.Option(min=1, help="Seconds after which a silent worker loses its job to the next.")
     ] = 30.0,
     with_parent: Annotated[bool, typer.Option("--with-parent", help="End when standard input ends.")] = False,
+    log_format: LogOption = LogFormat.text,
 ) -> None:
     """Work on the server's fine-tuning jobs, until Ctrl-C or SIGTERM. `serve` starts one by itself."""
     from tunewright.server import process
 
-    process.work(_settings(data, database, files, sets, handover), with_parent=with_parent)
+    settings = _settings(data, database, files, sets, handover_s=handover, log_format=log_format.value)
+    process.work(settings, with_parent=with_parent)
 
 
 @keys.command("create")
@@ -431,15 +456,11 @@ def remove_model(
 
 
 def _settings(
-    data: Path,
-    database: str | None,
-    files: str | None = None,
-    sets: list[str] | None = None,
-    handover_s: float = 30.0,
+    data: Path, database: str | None, files: str | None = None, sets: list[str] | None = None, **others: Any
 ) -> Any:
     from tunewright.server.state import Settings
 
-    return Settings(data.absolute(), database, files, handover_s, tuple(sets or ()))
+    return Settings(data.absolute(), database, files, overrides=tuple(sets or ()), **others)
 
 
 def _stage(

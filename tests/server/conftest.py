@@ -15,9 +15,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+
 from endpoint_fixtures import running
 from server_running import Running
-
 from tunewright.server import keys
 from tunewright.server.app import create_app
 from tunewright.server.state import Server, Settings
@@ -66,7 +66,8 @@ def postgres() -> Iterator[str]:
 
 @pytest.fixture(params=["sqlite", "postgresql"])
 def database(request: pytest.FixtureRequest) -> str | None:
-    """A fresh database's URL; None is SQLite in the data folder."""
+    """A fresh database's URL; None is SQLite in the data folder. On PostgreSQL it is a schema: a database for each test
+    would be a thousand files each."""
     if request.param == "sqlite":
         return None
     import psycopg
@@ -74,8 +75,8 @@ def database(request: pytest.FixtureRequest) -> str | None:
     cluster = request.getfixturevalue("postgres")
     name = f"test_{secrets.token_hex(4)}"
     with psycopg.connect(f"{cluster}/postgres", autocommit=True) as connection:
-        connection.execute(f"CREATE DATABASE {name}")  # type: ignore[arg-type]
-    return f"{cluster}/{name}"
+        connection.execute(f"CREATE SCHEMA {name}")  # type: ignore[arg-type]
+    return f"{cluster}/postgres?options=-csearch_path%3D{name}"
 
 
 @pytest.fixture
@@ -96,5 +97,5 @@ def open_server(tmp_path: Path, database: str | None) -> Iterator[Callable[[], S
 def served(open_server: Callable[[], Server]) -> Iterator[Running]:
     server = open_server()
     made = [keys.create(server.store, scope, scope=scope) for scope in ("training", "inference", "admin")]
-    with running(create_app(server)) as url:
-        yield Running(server, url, *made)
+    with running(create_app(server)) as url, contextlib.closing(Running(server, url, *made)) as served:
+        yield served

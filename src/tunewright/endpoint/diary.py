@@ -84,14 +84,25 @@ class Diary:
         finally:
             path = scope.get("raw_path", b"").decode("ascii", "backslashreplace")
             notes = "".join(f" {name}={value}" for name, value in entry.notes.items())
+            took_ms, told = _ms_since(started), status or CLIENT_LEFT
             logger.info(
                 "%s %s %d %d ms %s%s",
                 scope["method"],
                 path,
-                status or CLIENT_LEFT,
-                _ms_since(started),
+                told,
+                took_ms,
                 entry.id,
                 notes,
+                extra={
+                    "request": {
+                        "method": scope["method"],
+                        "path": path,
+                        "status": told,
+                        "ms": took_ms,
+                        "id": entry.id,
+                        **entry.notes,
+                    }
+                },
             )
 
 

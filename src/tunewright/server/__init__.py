@@ -7,9 +7,12 @@
     models       base models by the names that clients send, tuned models, checkpoints
     chat         completions of all kinds, passed on to an engine
     engines      a child process for each base model, which serves it and all its adapters
-    management   Azure's control plane: accounts, keys, deployments, policies, usages
+    admission    what is before an engine: which model answers to a name, its quota, its filter; usage by key
     quota        tokens and requests a minute for each deployment
-    filter       what is not let through, and the annotations that say so
+    filter       what is not let through, and the annotations that say so; words: the list that ships
+    moderations  the filter's classifier, asked by itself
+    management   Azure's control plane: deployments, models, usages; accounts, account_keys, policies, arm (its forms)
+    metrics      what Prometheus reads; logs: lines or JSON
     tables, store, migrations, blobs     what is kept
 
 No weights are loaded in the server's own process.

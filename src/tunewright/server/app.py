@@ -2,19 +2,33 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import logging
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
+from typing import cast
 
 from fastapi import APIRouter, FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response
+from pydantic_core import ErrorDetails
 from starlette.exceptions import HTTPException
 
 from tunewright import __version__
 from tunewright.endpoint.diary import Diary
 from tunewright.endpoint.shapes import ApiError, explained
-from tunewright.server import files, jobs, models, web
+from tunewright.server import (
+    accounts,
+    admission,
+    arm,
+    files,
+    jobs,
+    management,
+    metrics,
+    models,
+    moderations,
+    web,
+)
 from tunewright.server.limits import BodyLimit
 from tunewright.server.state import Server
 
@@ -23,13 +37,19 @@ logger = logging.getLogger("tunewright.server")
 PREFIXES = ("/v1", "/openai/v1", "/openai")
 """Where the routes that OpenAI and Azure share are found."""
 
+SETTLE_S = 0.5
+"""How often deployments that are being made are looked at."""
+FLUSH_S = 1.0
+"""How often what was used is written down."""
+
 
 def create_app(server: Server) -> FastAPI:
     """The app. It closes the server's parts when it ends."""
 
     @contextlib.asynccontextmanager
     async def lifespan(_app: FastAPI) -> AsyncIterator[None]:
-        yield
+        async with _background(server):
+            yield
         server.close()
 
     app = FastAPI(
@@ -42,12 +62,16 @@ def create_app(server: Server) -> FastAPI:
     app.state.server = server
     app.add_middleware(BodyLimit, limit=_most_bytes)
     app.add_middleware(Diary)
+    app.add_middleware(metrics.Measured, metrics=server.metrics)
+    app.add_middleware(arm.AnyCase)
     app.add_exception_handler(ApiError, _api_error)
     app.add_exception_handler(RequestValidationError, _invalid)
     app.add_exception_handler(HTTPException, _http_error)
     for prefix in PREFIXES:
         for router in ROUTERS:
             app.include_router(router, prefix=prefix, include_in_schema=prefix == "/v1")
+    app.include_router(management.router)
+    app.include_router(metrics.router)
     app.include_router(health)
     return app
 
@@ -69,7 +93,34 @@ def ready(request: Request) -> Response:
     return JSONResponse({"status": "the database does not answer"}, 503)
 
 
-ROUTERS: tuple[APIRouter, ...] = (files.router, jobs.router, models.router)
+ROUTERS: tuple[APIRouter, ...] = (files.router, jobs.router, models.router, moderations.router)
+
+
+@contextlib.asynccontextmanager
+async def _background(server: Server) -> AsyncIterator[None]:
+    """What the server does by itself. What was used until the end is written down at the end."""
+    await asyncio.to_thread(accounts.ensure_local, server)
+    stop = asyncio.Event()
+    tasks = [
+        asyncio.create_task(_every(SETTLE_S, stop, lambda: asyncio.to_thread(management.settle, server))),
+        asyncio.create_task(_every(FLUSH_S, stop, lambda: admission.flush(server))),
+    ]
+    yield
+    stop.set()
+    await asyncio.gather(*tasks)
+    await admission.flush(server)
+    await server.classifier.close()
+
+
+async def _every(seconds: float, stop: asyncio.Event, do: Callable[[], Awaitable[None]]) -> None:
+    """Do something again and again until `stop`; a failure is in the log, and the next time comes all the same."""
+    while not stop.is_set():
+        try:
+            await do()
+        except Exception:
+            logger.exception("something that is done every %g seconds failed", seconds)
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(stop.wait(), seconds)
 
 
 def _most_bytes(path: str) -> int:
@@ -80,9 +131,10 @@ def _most_bytes(path: str) -> int:
     return web.JSON_BYTES
 
 
-async def _api_error(_request: Request, error: Exception) -> Response:
+async def _api_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, ApiError)
-    return JSONResponse(error.body, error.status, error.headers)
+    body = arm.body(error) if web.surface(request.url.path) == "management" else error.body
+    return JSONResponse(body, error.status, error.headers)
 
 
 async def _invalid(request: Request, error: Exception) -> Response:
@@ -93,7 +145,7 @@ async def _invalid(request: Request, error: Exception) -> Response:
     problem["loc"] = tuple(rest) if problem["type"] != "json_invalid" else ()
     if place == "body" and not rest and problem["type"] == "missing":
         problem["loc"] = ()
-    return await _api_error(request, explained(problem))
+    return await _api_error(request, explained(cast(ErrorDetails, problem)))
 
 
 async def _http_error(request: Request, error: Exception) -> Response:

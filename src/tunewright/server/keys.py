@@ -67,18 +67,28 @@ def create(
     with store.begin() as connection:
         if any(one["name"] == name and _alive(one) for one in rows(connection)):
             raise EndpointError(f"there is a key {name!r} already; `tunewright keys revoke` ends it, or choose another")
-        connection.execute(
-            insert(tables.keys).values(
-                id=new_id("key_", size=16),
-                name=name,
-                sha256=hashed(key),
-                scope=scope,
-                created_at=now(),
-                expires_at=None if expires_s is None else now() + expires_s,
-                account=account,
-            )
-        )
+        expires_at = None if expires_s is None else now() + expires_s
+        add(connection, new_key_id(), key, name, scope=scope, expires_at=expires_at, account=account)
     return key
+
+
+def new_key_id() -> str:
+    return new_id("key_", size=16)
+
+
+def add(
+    connection: Connection,
+    id: str,
+    key: str,
+    name: str,
+    *,
+    scope: str,
+    expires_at: int | None = None,
+    account: str | None = None,
+) -> None:
+    """Note a key: its hash, and what it opens."""
+    said = {"id": id, "name": name, "sha256": hashed(key), "scope": scope, "created_at": now()}
+    connection.execute(insert(tables.keys).values(**said, expires_at=expires_at, account=account))
 
 
 def revoke(store: Store, name: str) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import re
 import shutil
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -136,10 +136,24 @@ def find(server: Server, name: str) -> Target:
         ApiError: 404, nothing does.
     """
     with server.store.begin() as connection:
-        found = _find(connection, server.settings.data, name)
+        found = known(connection, server.settings.data, name)
     if found is None:
         raise unknown(name)
     return found
+
+
+def known(connection: Connection, data: Path, name: str) -> Target | None:
+    """What answers under a name, None where nothing does."""
+    if not name.isprintable():  # a NUL or half a letter would be an error of the database
+        return None
+    if (tuned := store.row(connection, tables.models, id=name)) is not None:
+        said = {key: tuned[key] for key in ("base", "source", "revision", "kind")}
+        return Target(name, folder=data / tuned["folder"], created=tuned["created_at"], **said)
+    if (base := store.row(connection, tables.bases, name=name)) is not None:
+        return Target(
+            name, name, base["source"], base["revision"], folder=None, kind="base", created=base["created_at"]
+        )
+    return None
 
 
 def find_trainable(server: Server, name: str) -> Target:
@@ -154,8 +168,8 @@ def find_trainable(server: Server, name: str) -> Target:
 def unknown(name: str) -> ApiError:
     return ApiError(
         404,
-        f"The model '{name[:128]}' does not exist here; GET /v1/models lists those that do, and `tunewright models add` "
-        "names another base.",
+        f"The model '{name[:128]}' does not exist here; GET /v1/models lists those that do, and `tunewright models "
+        "add` names another base.",
         param="model",
         code="model_not_found",
     )
@@ -190,20 +204,9 @@ def record(
         connection.execute(insert(tables.models).values(**row))
 
 
-def named_bases(connection: Connection) -> Iterable[dict[str, Any]]:
+def named_bases(connection: Connection) -> list[dict[str, Any]]:
     query = select(tables.bases).order_by(tables.bases.c.name)
     return [dict(one) for one in connection.execute(query).mappings()]
-
-
-def _find(connection: Connection, data: Path, name: str) -> Target | None:
-    if (tuned := store.row(connection, tables.models, id=name)) is not None:
-        known = {key: tuned[key] for key in ("base", "source", "revision", "kind")}
-        return Target(name, folder=data / tuned["folder"], created=tuned["created_at"], **known)
-    if (base := store.row(connection, tables.bases, name=name)) is not None:
-        return Target(
-            name, name, base["source"], base["revision"], folder=None, kind="base", created=base["created_at"]
-        )
-    return None
 
 
 def _base_shape(base: dict[str, Any]) -> dict[str, Any]:

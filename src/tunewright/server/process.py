@@ -15,6 +15,7 @@ import uvicorn
 
 from tunewright.endpoint.process import listen
 from tunewright.errors import DONE
+from tunewright.server import logs
 from tunewright.server.app import create_app
 from tunewright.server.state import Server, Settings
 
@@ -35,7 +36,7 @@ def serve(settings: Settings, *, host: str, port: int, workers: int = 1) -> None
     """
     with contextlib.closing(listen(host, port)) as listener:
         server = Server.open(settings)
-        _log_to_stdout()
+        logs.to_stdout(settings.log_format)
         config = uvicorn.Config(
             create_app(server),
             log_config=None,
@@ -71,7 +72,7 @@ def work(settings: Settings, *, with_parent: bool = False) -> None:
     stop = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stop.set())
-    _log_to_stdout()
+    logs.to_stdout(settings.log_format)
     server = Server.open(settings)
     threads = [
         threading.Thread(target=Worker(server, statuses, stop).run, name=statuses[-1])
@@ -130,6 +131,7 @@ def _worker_command(settings: Settings) -> Sequence[str]:
         options += ["--database", settings.database]
     if settings.files is not None:
         options += ["--files", settings.files]
+    options += ["--log-format", settings.log_format]
     for override in settings.overrides:
         options += ["--set", override]
     return [sys.executable, "-m", "tunewright.cli", "worker", *options]
@@ -139,8 +141,3 @@ def _until_input_ends(stop: threading.Event) -> None:
     while os.read(sys.stdin.fileno(), 4096):
         continue
     stop.set()
-
-
-def _log_to_stdout() -> None:
-    logging.basicConfig(stream=sys.stdout, level=logging.WARNING, format="%(asctime)s %(message)s", force=True)
-    logging.getLogger("tunewright").setLevel(logging.INFO)

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any, Literal
 
+from tunewright.server import filter as filters
 from tunewright.server.blobs import Blobs
+from tunewright.server.fresh import Fresh
 from tunewright.server.keys import Keyring
+from tunewright.server.metrics import Metrics
+from tunewright.server.quota import Quotas
 from tunewright.server.store import Store
+from tunewright.server.usage import Usage
 
 
 @dataclass(frozen=True)
@@ -22,6 +28,9 @@ class Settings:
     """A worker that has been silent for so long loses its job to the next."""
     overrides: tuple[str, ...] = ()
     """`key=value`, as after `--set`: how every job trains, whatever its base says."""
+    filter: str = "words"
+    """The content filter's classifier: words, the URL of a /moderations, or `package.module:name`."""
+    log_format: Literal["text", "json"] = "text"
 
     @property
     def database_url(self) -> str:
@@ -49,14 +58,22 @@ class Server:
     store: Store
     blobs: Blobs
     keyring: Keyring
+    classifier: filters.Classifier
+    metrics: Metrics
+    usage: Usage
+    quotas: Quotas = field(default_factory=Quotas)
+    routes: Fresh[Any] = field(default_factory=Fresh)
+    """What answers under a name (see `admission`)."""
 
     @classmethod
     def open(cls, settings: Settings) -> Server:
         """Raises:
-        EndpointError: the database or the file store cannot be had.
+        EndpointError: the database, the file store or the content filter cannot be had.
         """
+        judge = filters.classifier(settings.filter)
         store = Store(settings.prepared().database_url)
-        return cls(settings, store, Blobs(settings.files_url, settings.data / "cache"), Keyring(store))
+        blobs = Blobs(settings.files_url, settings.data / "cache")
+        return cls(settings, store, blobs, Keyring(store), judge, Metrics(store), Usage(store))
 
     def close(self) -> None:
         self.store.close()

@@ -35,12 +35,22 @@ class Store:
 
     def __init__(self, url: str) -> None:
         self.engine = _engine(url)
-        self._migrate()
+        try:
+            self._migrate()
+        except BaseException:
+            self.engine.dispose()
+            raise
 
     @contextlib.contextmanager
     def begin(self) -> Iterator[Connection]:
         """A transaction: committed at the end of the block, undone where it raises."""
         with self.engine.begin() as connection:
+            yield connection
+
+    @contextlib.contextmanager
+    def read(self) -> Iterator[Connection]:
+        """A transaction that only reads, and so waits for no writer."""
+        with self.engine.connect().execution_options(read_only=True) as connection, connection.begin():
             yield connection
 
     def close(self) -> None:
@@ -94,7 +104,13 @@ def row(connection: Connection, table: Table, **where: Any) -> dict[str, Any] | 
 
 
 def page(
-    connection: Connection, query: Select[Any], table: Table, *, after: int | None, limit: int, newest_first: bool = True
+    connection: Connection,
+    query: Select[Any],
+    table: Table,
+    *,
+    after: int | None,
+    limit: int,
+    newest_first: bool = True,
 ) -> tuple[list[dict[str, Any]], bool]:
     """A page of a table in the order of its numbers, and whether more follow.
 

@@ -213,7 +213,9 @@ accounts = Table(
     "accounts",
     metadata,
     _number(),
-    Column("name", String(64), nullable=False, unique=True),
+    Column(
+        "name", String(64), nullable=False, unique=True
+    ),  # in lower case, as all of Azure's names: body has it as given
     Column("subscription", String(64), nullable=False),
     Column("resource_group", String(128), nullable=False),
     Column("location", String(64), nullable=False),
@@ -227,13 +229,15 @@ deployments = Table(
     metadata,
     _number(),
     Column("account", String(64), nullable=False),
-    Column("name", String(64), nullable=False),
+    Column("name", String(64), nullable=False),  # in lower case
+    Column("shown", String(64), nullable=False),  # as it was given
     _created(),
     Column("model", String(256), nullable=False),
     Column("sku", JSON, nullable=False),
     Column("properties", JSON, nullable=False),
     Column("state", String(16), nullable=False),
     Column("error", String),
+    Column("tags", JSON),
     UniqueConstraint("account", "name"),
 )
 
@@ -244,6 +248,17 @@ policies = Table(
     Column("account", String(64), nullable=False),
     Column("name", String(64), nullable=False),
     Column("body", JSON, nullable=False),
+    _created(),
+    UniqueConstraint("account", "name"),
+)
+
+blocklists = Table(
+    "blocklists",
+    metadata,
+    _number(),
+    Column("account", String(64), nullable=False),
+    Column("name", String(64), nullable=False),
+    Column("body", JSON, nullable=False),  # its items too, by their names
     _created(),
     UniqueConstraint("account", "name"),
 )
