@@ -1,9 +1,9 @@
 """An engine: a process that holds the weights of one base with its adapters, or of one whole model, for a server.
 
 It speaks HTTP on a Unix socket, to the server that started it and to nobody else: requests have been checked, and who
-asks is known. An adapter is called by its folder; a request names it in the header `x-adapter`, and the body's `model`
-is the name that the reply gives back. The process ends when its standard input does, which is when the server ends,
-however that came.
+asks is known. An adapter is called by its folder; a request names it in the header `x-adapter` (quoted as in URLs), and the
+body's `model` is the name that the reply gives back. The process ends when its standard input does, which is when the
+server ends, however that came.
 
     GET  /healthz              ready; which adapters there are
     POST /adapters             {"folder": F}: load one (again: nothing happens)
@@ -24,6 +24,7 @@ import threading
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote
 
 import uvicorn
 from fastapi import FastAPI, Request
@@ -36,7 +37,7 @@ from tunewright.endpoint import answering
 from tunewright.endpoint.app import api_error, http_error
 from tunewright.endpoint.diary import Diary, logger
 from tunewright.endpoint.served import Served, Trained
-from tunewright.endpoint.shapes import ApiError, read_request, read_text_request
+from tunewright.endpoint.shapes import ApiError, no_embeddings, read_request, read_text_request
 from tunewright.endpoint.worker import Worker
 from tunewright.errors import EndpointError, ModelError, UserError
 from tunewright.generate import LocalCompleter
@@ -237,9 +238,10 @@ def create_app(shelf: Shelf) -> FastAPI:
         return JSONResponse({"status": "ok"})
 
     def chosen(request: Request) -> Served:
-        folder = request.headers.get("x-adapter")
-        if folder is None:
+        named = request.headers.get("x-adapter")
+        if named is None:
             return shelf.own
+        folder = unquote(named)
         if folder not in shelf.adapters:
             raise ApiError(404, f"The adapter {folder} is not loaded.", code="adapter_not_loaded")
         return shelf.adapters[folder]
@@ -260,16 +262,6 @@ def create_app(shelf: Shelf) -> FastAPI:
         raise no_embeddings(str(body.get("model")))
 
     return app
-
-
-def no_embeddings(name: str) -> ApiError:
-    return ApiError(
-        400,
-        f"The model '{name}' makes no embeddings: it is a causal language model, and its hidden states were not "
-        "trained to be compared.",
-        param="model",
-        code="unsupported_model",
-    )
 
 
 async def _folder(request: Request) -> str:

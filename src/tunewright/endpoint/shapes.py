@@ -577,6 +577,16 @@ def usage(prompt_tokens: int, completion_tokens: int) -> dict[str, int]:
     }
 
 
+def no_embeddings(name: str) -> ApiError:
+    return ApiError(
+        400,
+        f"The model '{name}' makes no embeddings: it is a causal language model, and its hidden states were not "
+        "trained to be compared.",
+        param="model",
+        code="unsupported_model",
+    )
+
+
 def model_card(name: str, created: int) -> dict[str, Any]:
     return {"id": name, "object": "model", "created": created, "owned_by": "tunewright"}
 

@@ -14,7 +14,7 @@ from starlette.exceptions import HTTPException
 from tunewright import __version__
 from tunewright.endpoint.diary import Diary
 from tunewright.endpoint.shapes import ApiError, explained
-from tunewright.server import files, jobs, models, web
+from tunewright.server import batches, chat, files, jobs, models, responses, web
 from tunewright.server.limits import BodyLimit
 from tunewright.server.state import Server
 
@@ -29,7 +29,9 @@ def create_app(server: Server) -> FastAPI:
 
     @contextlib.asynccontextmanager
     async def lifespan(_app: FastAPI) -> AsyncIterator[None]:
-        yield
+        async with batches.working(server):
+            yield
+        await server.engines.aclose()
         server.close()
 
     app = FastAPI(
@@ -69,7 +71,14 @@ def ready(request: Request) -> Response:
     return JSONResponse({"status": "the database does not answer"}, 503)
 
 
-ROUTERS: tuple[APIRouter, ...] = (files.router, jobs.router, models.router)
+ROUTERS: tuple[APIRouter, ...] = (
+    files.router,
+    jobs.router,
+    models.router,
+    chat.router,
+    responses.router,
+    batches.router,
+)
 
 
 def _most_bytes(path: str) -> int:

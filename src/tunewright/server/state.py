@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from tunewright.server.blobs import Blobs
+from tunewright.server.engines import Answers, Engines
 from tunewright.server.keys import Keyring
 from tunewright.server.store import Store
 
@@ -20,6 +22,10 @@ class Settings:
     files: str | None = None
     overrides: tuple[str, ...] = ()
     """`key=value`, as after `--set`: how every job trains, whatever its base says."""
+    engines: int = 2
+    """Processes with weights at once."""
+    engine_idle_s: float = 900.0
+    """How long one stays that nobody asks."""
 
     @property
     def database_url(self) -> str:
@@ -47,6 +53,9 @@ class Server:
     store: Store
     blobs: Blobs
     keyring: Keyring
+    engines: Answers
+    routes: dict[str, Any] = field(default_factory=dict)
+    """What answers under a name (see `admission`)."""
 
     @classmethod
     def open(cls, settings: Settings) -> Server:
@@ -54,7 +63,8 @@ class Server:
         EndpointError: the database or the file store cannot be had.
         """
         store = Store(settings.prepared().database_url)
-        return cls(settings, store, Blobs(settings.files_url, settings.data / "cache"), Keyring(store))
+        engines = Engines(settings.data / "engines", most=settings.engines, idle_s=settings.engine_idle_s)
+        return cls(settings, store, Blobs(settings.files_url, settings.data / "cache"), Keyring(store), engines)
 
     def close(self) -> None:
         self.store.close()
