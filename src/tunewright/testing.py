@@ -111,7 +111,7 @@ class EchoEngines:
         said = _last_said(body)
         chat = path == "/chat/completions"
         common = {"id": "chatcmpl-echo" if chat else "cmpl-echo", "created": 0, "model": body["model"]}
-        choice = {"index": 0, "logprobs": None, "finish_reason": "stop"}
+        choice: dict[str, Any] = {"index": 0, "logprobs": None, "finish_reason": "stop"}
         choice |= {"message": {"role": "assistant", "content": said, "refusal": None}} if chat else {"text": said}
         kind = "chat.completion" if chat else "text_completion"
         return {**common, "object": kind, "choices": [choice], "usage": _words(said)}
@@ -129,7 +129,7 @@ class EchoEngines:
             text = f" {word}" if number else word
             delta = {"delta": {"content": text}} if chat else {"text": text}
             yield {**common, "choices": [{"index": 0, **delta, "logprobs": None, "finish_reason": None}]}
-        end = {"delta": {}} if chat else {"text": ""}
+        end: dict[str, Any] = {"delta": {}} if chat else {"text": ""}
         yield {**common, "choices": [{"index": 0, **end, "logprobs": None, "finish_reason": "stop"}]}
         yield {**common, "choices": [], "usage": _words(said)}
 

@@ -71,8 +71,8 @@ def create_batch(request: Request, caller: Inference, wanted: BatchIn) -> dict[s
     if found["purpose"] != "batch":
         raise ApiError(
             400,
-            f"Invalid 'input_file_id': '{wanted.input_file_id}' was uploaded with purpose '{found['purpose']}'; a batch "
-            "needs 'batch'.",
+            f"Invalid 'input_file_id': '{wanted.input_file_id}' was uploaded with purpose '{found['purpose']}'; a "
+            "batch needs 'batch'.",
             param="input_file_id",
             code="invalid_file_purpose",
         )
@@ -193,10 +193,12 @@ class Work:
     batch: dict[str, Any]
     worker: str
     cancelled: bool = False
+    lost: bool = False
     counts: dict[str, int] = field(default_factory=dict)
 
     async def run(self) -> None:
         """Take the batch to its end, whatever that is."""
+        self.cancelled = self.batch["status"] == "cancelling"
         renewing = asyncio.create_task(self._renew())
         try:
             await self._steps()
@@ -225,9 +227,11 @@ class Work:
         for one in done.values():
             self.counts["completed" if one else "failed"] += 1
         if self.batch["status"] == "validating":
-            await self._move("in_progress", counts=self.counts)
+            await self._move("in_progress", since="validating")
         expired = False
         for line in await asyncio.to_thread(lambda: list(self._lines())):
+            if self.lost:
+                raise Lost
             if self.cancelled or (expired := self.batch["times"]["expires_at"] <= now()):
                 break
             asked = json.loads(line)
@@ -260,8 +264,10 @@ class Work:
 
     async def _finish(self, status: str) -> None:
         """Put the answers into files; the batch is over."""
-        if not self.cancelled:
-            await self._move("finalizing", counts=self.counts)
+        if not self.cancelled and self.batch["status"] != "finalizing":
+            await self._move("finalizing", since="in_progress")
+        if self.cancelled:
+            status = "cancelled"
         good, bad = await asyncio.to_thread(self._keep_files)
         times = self.batch["times"] | {f"{status}_at": now()}
         ended = {"status": status, "times": times, "counts": self.counts, "claimed_by": None}
@@ -274,35 +280,47 @@ class Work:
         ended = {"status": "failed", "times": times, "errors": errors, "claimed_by": None}
         await asyncio.to_thread(lambda: self._set(**ended))
 
-    async def _move(self, status: str, **values: Any) -> None:
+    async def _move(self, status: str, *, since: str) -> None:
+        """From one status to the next, unless somebody has cancelled the batch meanwhile."""
         times = self.batch["times"] | {f"{status}_at": now()}
-        await asyncio.to_thread(lambda: self._set(status=status, times=times, **values))
+        values = {"status": status, "times": times, "counts": dict(self.counts)}
+        try:
+            await asyncio.to_thread(lambda: self._set(tables.batches.c.status == since, **values))
+        except Lost:
+            await asyncio.to_thread(self._look)
+            if not self.cancelled:
+                raise
 
     async def _renew(self) -> None:
         """Renew the claim, write down how far the batch is, and hear whether it was cancelled."""
         while True:
             try:
-                values = {"heartbeat_at": time.time()} | ({"counts": dict(self.counts)} if self.counts else {})
-                await asyncio.to_thread(lambda values=values: self._set(**values))  # type: ignore[misc]
-                found = await asyncio.to_thread(_find, self.server, self.batch["id"])
-                if found["status"] == "cancelling":
-                    self.cancelled = True
-                    self.batch["times"] = found["times"]
+                await asyncio.to_thread(self._look)
             except Lost:
-                self.cancelled = True
+                self.lost = True
                 return
             except Exception:  # until the database is back the claim stands, as long as nobody else takes it
                 logger.exception("the claim of %s cannot be renewed", self.batch["id"])
             await asyncio.sleep(POLL_S)
 
-    def _set(self, **values: Any) -> None:
-        """Write to the batch's row, while it is ours.
+    def _look(self) -> None:
+        """Raises:
+        Lost: the batch is no longer ours.
+        """
+        self._set(heartbeat_at=time.time(), **({"counts": dict(self.counts)} if self.counts else {}))
+        found = _find(self.server, self.batch["id"])
+        if found["status"] == "cancelling":
+            self.cancelled = True
+            self.batch["times"] = found["times"]
+
+    def _set(self, *where: Any, **values: Any) -> None:
+        """Write to the batch's row, while it is ours and as `where` says.
 
         Raises:
             Lost: it is no longer.
         """
         table = tables.batches
-        mine = update(table).where(table.c.id == self.batch["id"], table.c.claimed_by == self.worker)
+        mine = update(table).where(table.c.id == self.batch["id"], table.c.claimed_by == self.worker, *where)
         with self.server.store.begin() as connection:
             if not connection.execute(mine.values(**values)).rowcount:
                 raise Lost

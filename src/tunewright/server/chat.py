@@ -334,5 +334,8 @@ def _stopped(chunk: dict[str, Any]) -> dict[str, Any]:
     """A choice's last chunk, instead of what the filter holds back."""
     [choice] = chunk["choices"]
     ended: dict[str, Any] = {"index": choice["index"], "logprobs": None, "finish_reason": "content_filter"}
-    ended |= {"text": ""} if "text" in choice else {"delta": {}}
+    if "text" in choice:
+        ended["text"] = ""
+    else:
+        ended["delta"] = {}
     return chunk | {"choices": [ended]}
