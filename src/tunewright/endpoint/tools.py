@@ -26,6 +26,8 @@ from tunewright.generate import Token
 
 ARGUMENTS = ("arguments", "parameters")
 MARKS = ("<tool_call>", "Call:")
+ENDS = ("</tool_call>", "]", ";", ",")
+"""What may stand behind a call and says nothing."""
 PROBES = ("tool_probe_one", "tool_probe_two")
 DECODER = json.JSONDecoder()
 
@@ -137,6 +139,7 @@ class Reader:
         own = form.before.strip() if form else ""
         # A mark that is no more than a bracket says nothing in the middle of a text.
         self._marks = tuple(dict.fromkeys((*MARKS, *([own] if re.search(r"\w", own) else []))))
+        self._ends = (*ENDS, *([form.after.strip()] if form and form.after.strip() else []))
         self._held = ""
         self._begins = True
         """Whether what is held stands at the beginning, or right behind a call."""
@@ -158,6 +161,8 @@ class Reader:
     def _take(self, *, done: bool) -> list[str | Call]:
         said: list[str | Call] = []
         while self._held and not self.full:
+            if self._begins and self.called and not self._tidied(done=done):
+                break
             place = self._next()
             if place is None:
                 said += self._say(len(self._held) - (0 if done else self._doubtful()))
@@ -181,12 +186,21 @@ class Reader:
         return said
 
     def _say(self, size: int) -> list[str | Call]:
-        """The first characters of what is held, as text. Blanks behind a call are none."""
+        """The first characters of what is held, as text."""
         text, self._held = self._held[:size], self._held[size:]
-        if not text or (self.called and self._begins and not text.strip()):
-            return []
-        self._begins = False
-        return [text]
+        self._begins = self._begins and not text
+        return [text] if text else []
+
+    def _tidied(self, *, done: bool) -> bool:
+        """Take away what ends a call; whether it is clear that all of it has come."""
+        while True:
+            self._held = self._held.lstrip()
+            if not done and any(overlap(self._held, end) == len(self._held) for end in self._ends):
+                return False
+            end = next((one for one in self._ends if self._held.startswith(one)), None)
+            if end is None:
+                return bool(self._held)
+            self._held = self._held[len(end) :]
 
     def _next(self) -> tuple[int, int] | None:
         """Where a call may begin, and where its JSON does."""
@@ -215,10 +229,11 @@ class Reader:
         calls = [call for one in values if (call := self._call(one)) is not None]
         if not calls or len(calls) < len(values):
             return [], end
-        rest = re.compile(r"\s*(?:</tool_call>|[\];,])?\s*").match(self._held, end)
-        return calls, rest.end() if rest else end
+        return calls, end
 
     def _call(self, value: Any) -> Call | None:
+        if isinstance(value, dict) and isinstance(value.get("function"), dict):
+            value = value["function"]
         if not isinstance(value, dict) or value.get("name") not in self._names:
             return None
         given = next((value[key] for key in ARGUMENTS if key in value), None)
