@@ -134,9 +134,12 @@ class Serving:
 
 
 @contextlib.contextmanager
-def serving(data: Path, known: Models, *, echo: Any = None, **settings: Any) -> Iterator[Serving]:
+def serving(data: Path, known: Models, *, echo: Any = None, fill_again: bool = True, **settings: Any) -> Iterator[Serving]:
     server = Server.open(Settings(data, **settings))
-    key = fill(server, known)
+    key_file = data / "key"
+    if fill_again:
+        key_file.write_text(fill(server, known))
+    key = key_file.read_text()
     if echo is not None:
         server.engines = echo
     with running(create_app(server)) as url:
