@@ -134,7 +134,9 @@ class Serving:
 
 
 @contextlib.contextmanager
-def serving(data: Path, known: Models, *, echo: Any = None, fill_again: bool = True, **settings: Any) -> Iterator[Serving]:
+def serving(
+    data: Path, known: Models, *, echo: Any = None, fill_again: bool = True, **settings: Any
+) -> Iterator[Serving]:
     server = Server.open(Settings(data, **settings))
     key_file = data / "key"
     if fill_again:

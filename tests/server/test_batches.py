@@ -13,9 +13,9 @@ from typing import Any
 import openai
 import pytest
 from openai import OpenAI
+from serving import Models, Serving, make_models, serving
 from sqlalchemy import update
 
-from serving import Models, Serving, make_models, serving
 from tunewright.endpoint.shapes import ApiError
 from tunewright.server import batches, tables
 from tunewright.testing import EchoEngines
@@ -37,9 +37,11 @@ class Slow(EchoEngines):
     def __init__(self, quick: int = 0) -> None:
         super().__init__()
         self.quick = quick
+        self.begun = 0
         self.go_on = threading.Event()
 
     async def ask(self, target: Any, path: str, body: Mapping[str, Any]) -> dict[str, Any]:
+        self.begun += 1
         while len(self.asked) >= self.quick and not self.go_on.is_set():
             await asyncio.sleep(0.01)
         return await super().ask(target, path, body)
@@ -128,8 +130,8 @@ def test_the_older_route_can_be_batched_too(echo: Serving) -> None:
 
 def test_a_file_that_is_wrong_fails_the_batch_with_its_lines(echo: Serving) -> None:
     with echo.client() as client:
-        lines = ["{", "[1]", line("a", "x"), line("a", "y"), line("b", "x", url="/v1/completions"), line("c", "x", method="GET"),
-                 {"custom_id": "d"}]  # fmt: skip
+        lines: list[Any] = ["{", "[1]", line("a", "x"), line("a", "y"), line("b", "x", url="/v1/completions")]
+        lines += [line("c", "x", method="GET"), {"custom_id": "d"}]
         batch = wait(client, start(client, lines).id, "failed")
         assert [(one.line, one.code) for one in batch.errors.data] == [
             (1, "invalid_json_line"),
@@ -196,7 +198,7 @@ def test_a_batch_that_another_server_took_is_left_alone(known: Models, tmp_path:
     slow = Slow()
     with serving(tmp_path, known, echo=slow) as served, served.client() as client:
         batch = start(client, [line("a", "x"), line("b", "x")])
-        wait(client, batch.id, "in_progress")
+        wait_for(lambda: slow.begun)
         with served.server.store.begin() as connection:
             connection.execute(update(tables.batches).values(claimed_by="another", heartbeat_at=time.time()))
         slow.go_on.set()

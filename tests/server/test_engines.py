@@ -173,6 +173,16 @@ def test_a_client_that_leaves_frees_the_engine(served: Serving, client: OpenAI, 
     assert time.monotonic() - began < 5, "128 answers of 900 tokens take longer"
 
 
+def test_an_engine_holds_so_many_adapters_and_no_more(
+    served: Serving, client: OpenAI, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tunewright.server.engines.ADAPTERS", 1)
+    answers = [said(client, name) for name in ("ft:one", "ft:two", "ft:one", "base")]
+    assert answers[0] == answers[2]
+    with httpx2.Client(transport=httpx2.HTTPTransport(uds=str(engine_of(served, "base")._socket))) as direct:
+        assert len(direct.get("http://engine/healthz").json()["adapters"]) == 1
+
+
 def test_the_engine_that_was_asked_longest_ago_makes_room(known: Models, tmp_path: Path) -> None:
     with serving(tmp_path, known, engines=1) as served, served.client() as client:
         said(client, "base")

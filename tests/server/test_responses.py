@@ -9,8 +9,8 @@ from typing import Any
 import openai
 import pytest
 from openai import OpenAI
-
 from serving import Models, Serving, make_models, serving
+
 from tunewright.server import keys
 from tunewright.testing import EchoEngines
 
@@ -50,7 +50,12 @@ def conversation(echo: Serving, response_id: str) -> Any:
 def test_a_text_is_answered_with_a_text(client: OpenAI) -> None:
     response = client.responses.create(model="base", input="hello there", metadata={"a": "b"}, temperature=0)
     assert response.output_text == "hello there"
-    assert (response.status, response.object, response.model, response.temperature) == ("completed", "response", "base", 0)
+    assert (response.status, response.object, response.model, response.temperature) == (
+        "completed",
+        "response",
+        "base",
+        0,
+    )
     assert response.metadata == {"a": "b"}
     assert response.usage is not None
     assert (response.usage.input_tokens, response.usage.output_tokens, response.usage.total_tokens) == (2, 2, 4)
@@ -122,16 +127,17 @@ def test_what_is_kept_can_be_had_and_deleted_by_its_key_alone(client: OpenAI, ec
 
 
 def test_items_become_a_conversation(client: OpenAI, echo: Serving) -> None:
+    parts = [{"type": "input_text", "text": "is it "}, {"type": "input_text", "text": "warm?"}]
     items = [
         {"role": "developer", "content": "you know the weather"},
-        {"type": "message", "role": "user", "content": [{"type": "input_text", "text": "is it "}, {"type": "input_text", "text": "warm?"}]},
+        {"type": "message", "role": "user", "content": parts},
         {"type": "reasoning", "id": "rs_1", "summary": []},
         {"role": "assistant", "content": [{"type": "output_text", "text": "Let me look.", "annotations": []}]},
         {"type": "function_call", "call_id": "call_1", "name": "weather", "arguments": "{}"},
         {"type": "function_call", "call_id": "call_2", "name": "weather", "arguments": "{}"},
         {"type": "function_call_output", "call_id": "call_1", "output": "21"},
         {"type": "function_call_output", "call_id": "call_2", "output": "22"},
-    ]  # fmt: skip
+    ]
     response = client.responses.create(model="base", input=items)  # type: ignore[arg-type]
     said = conversation(echo, response.id)
     assert [message["role"] for message in said] == ["developer", "user", "assistant", "tool", "tool", "assistant"]

@@ -1,9 +1,9 @@
 """An engine: a process that holds the weights of one base with its adapters, or of one whole model, for a server.
 
 It speaks HTTP on a Unix socket, to the server that started it and to nobody else: requests have been checked, and who
-asks is known. An adapter is called by its folder; a request names it in the header `x-adapter` (quoted as in URLs), and the
-body's `model` is the name that the reply gives back. The process ends when its standard input does, which is when the
-server ends, however that came.
+asks is known. An adapter is called by its folder; a request names it in the header `x-adapter` (quoted as in URLs), and
+the body's `model` is the name that the reply gives back. The process ends when its standard input does, which is when
+the server ends, however that came.
 
     GET  /healthz              ready; which adapters there are
     POST /adapters             {"folder": F}: load one (again: nothing happens)

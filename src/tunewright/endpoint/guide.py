@@ -42,17 +42,15 @@ class Guides:
 
     def _known(self) -> Any:
         """The vocabulary as llguidance wants it; making it takes up to a second."""
-        from llguidance import LLTokenizer
+        from llguidance.hf import from_tokenizer
 
         with self._lock:
             if self._vocabulary is None:
-                rust = getattr(self._tokenizer, "backend_tokenizer", None)
-                if rust is None:
-                    raise DataError("this model's tokenizer is none of the tokenizers library, which this needs")
                 ends = [self._equipment.end_of_turn_id, *self._equipment.stop_ids]
-                self._vocabulary = LLTokenizer(
-                    rust.to_str(), n_vocab=len(self._tokenizer), eos_token=list(dict.fromkeys(ends))
-                )
+                try:
+                    self._vocabulary = from_tokenizer(self._tokenizer, eos_token=list(dict.fromkeys(ends)))
+                except ValueError:
+                    raise DataError("the tokenizer is not of the tokenizers library, which this needs") from None
             return self._vocabulary
 
 

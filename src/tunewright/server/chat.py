@@ -72,7 +72,7 @@ def documented(model: type[Part]) -> dict[str, Any]:
 
 class EmbeddingRequest(Part):
     model: str | None = None
-    input: str | list[Any]
+    input: Any
 
 
 CHAT_BODY, TEXT_BODY, EMBEDDING_BODY = documented(ChatRequest), documented(TextRequest), documented(EmbeddingRequest)
@@ -121,6 +121,8 @@ class Job:
     annotations: Any
     """What the filter says of the prompt."""
     headers: dict[str, str]
+    said: int = 0
+    """Chunks with text that a stream has brought: tokens, about."""
 
     @property
     def body(self) -> dict[str, Any]:
@@ -147,16 +149,16 @@ class Job:
 
     async def chunks(self) -> AsyncGenerator[dict[str, Any]]:
         """As `reply`, in chunks. What was used is said at the end, whether or not the client asked to hear it."""
-        if self.annotations is not None:
-            yield {**_EMPTY, "prompt_filter_results": self.annotations}
+        annotations = self.annotations
         body = self.body | {"stream_options": {"include_usage": True}}
-        engine = self.server.engines.stream(self.route.target, self.kind.path, body)
-        said = 0
+        engine = self._counted(self.server.engines.stream(self.route.target, self.kind.path, body))
         usage = None
         try:
             async with contextlib.aclosing(self._screened(engine) if self.route.screens else engine) as chunks:
                 async for chunk in chunks:
-                    said += bool(chunk["choices"])
+                    if annotations is not None:  # not before the engine has taken the request
+                        yield {**_EMPTY, "prompt_filter_results": annotations}
+                        annotations = None
                     usage = chunk.get("usage") or usage
                     if self.wanted.include_usage:
                         yield chunk
@@ -164,9 +166,15 @@ class Job:
                         chunk.pop("usage", None)
                         yield chunk
         finally:
-            if usage is None:  # it broke off, so the chunks that were sent are counted
-                usage = {"prompt_tokens": self.characters // TOKEN, "completion_tokens": said}
+            if usage is None:  # it broke off, so the chunks that came are counted
+                usage = {"prompt_tokens": self.characters // TOKEN, "completion_tokens": self.said}
             self.route.used(usage["prompt_tokens"], usage["completion_tokens"])
+
+    async def _counted(self, engine: AsyncGenerator[dict[str, Any]]) -> AsyncGenerator[dict[str, Any]]:
+        async with contextlib.aclosing(engine):
+            async for chunk in engine:
+                self.said += any(_text(choice) for choice in chunk["choices"])
+                yield chunk
 
     async def _screened(self, engine: AsyncGenerator[dict[str, Any]]) -> AsyncGenerator[dict[str, Any]]:
         """The chunks, held until the filter has let their text through. A choice that it stops says so and ends."""

@@ -296,7 +296,8 @@ class Engine:
         return _unavailable(self._target.name, said)
 
     async def _load(self, folder: str) -> None:
-        for old in [one for one in self._adapters if not self.using[one]][: len(self._adapters) + 1 - ADAPTERS]:
+        over = max(0, len(self._adapters) - ADAPTERS)
+        for old in [one for one in self._adapters if not self.using[one]][:over]:
             self._adapters.pop(old)
             await self.client.post("/adapters/unload", json={"folder": old})
         reply = await self.client.post("/adapters", json={"folder": folder})

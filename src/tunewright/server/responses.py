@@ -17,8 +17,8 @@ from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Request
 from fastapi.responses import Response
-from pydantic import Field, ValidationError
-from pydantic_core import to_json
+from pydantic import AfterValidator, Field, ValidationError
+from pydantic_core import PydanticCustomError, to_json
 from sqlalchemy import delete, insert
 
 from tunewright.endpoint.answering import while_connected
@@ -33,9 +33,15 @@ from tunewright.server.web import Caller, Inference
 router = APIRouter(tags=["responses"])
 
 
+def _items(value: Any) -> Any:
+    if isinstance(value, str) or (isinstance(value, list) and all(isinstance(one, dict) for one in value)):
+        return value
+    raise PydanticCustomError("input", "it is a text or a list of items")
+
+
 class ResponseRequest(Part):
     model: str | None = None
-    input: str | list[dict[str, Any]] = Field(default=[], max_length=16 << 20)
+    input: Annotated[Any, AfterValidator(_items)] = Field(default=[])
     instructions: str | None = None
     max_output_tokens: int | None = Field(default=None, ge=1)
     metadata: dict[str, str] | None = Field(default=None, max_length=16)
@@ -390,7 +396,7 @@ def _chat(wanted: ResponseRequest, said: list[dict[str, Any]]) -> dict[str, Any]
         "stream": wanted.stream,
         "stream_options": {"include_usage": True} if wanted.stream else None,
     }
-    return {key: value for key, value in body.items() if value is not None and value is not False and value != []}
+    return {key: value for key, value in body.items() if value is not None and value != []}
 
 
 def _tool(tool: dict[str, Any], place: int) -> dict[str, Any]:
