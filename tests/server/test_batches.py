@@ -201,8 +201,9 @@ def test_a_batch_that_another_server_took_is_left_alone(known: Models, tmp_path:
         wait_for(lambda: slow.begun)
         with served.server.store.begin() as connection:
             connection.execute(update(tables.batches).values(claimed_by="another", heartbeat_at=time.time()))
+        time.sleep(0.2)  # it hears of it with its next renewal
         slow.go_on.set()
-        wait_for(lambda: len(slow.asked) == 1)
+        wait_for(lambda: slow.asked)
         time.sleep(0.1)
         assert client.batches.retrieve(batch.id).status == "in_progress"
         assert len(slow.asked) == 1

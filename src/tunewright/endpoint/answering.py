@@ -305,16 +305,25 @@ async def _stream(worker: Worker, job: _Job) -> AsyncIterator[str]:
 
 async def while_connected(request: Request, work: Coroutine[Any, Any, T]) -> T | None:
     """What `work` gives; None where the client left before, and then the work is stopped."""
+    working = asyncio.current_task()
+    assert working is not None
+    left, over = False, False
 
-    async def until_gone() -> None:
+    async def watch() -> None:
+        nonlocal left
         while (await request.receive())["type"] != "http.disconnect":
             pass
+        if not over:
+            left = True
+            working.cancel()
 
-    working, gone = asyncio.create_task(work), asyncio.create_task(until_gone())
+    gone = asyncio.create_task(watch())
     try:
-        await asyncio.wait({working, gone}, return_when=asyncio.FIRST_COMPLETED)
-        return working.result() if working.done() else None
+        return await work
+    except asyncio.CancelledError:
+        if left and not working.uncancel():
+            return None
+        raise  # the server stops
     finally:
-        working.cancel()
+        over = True
         gone.cancel()
-        await asyncio.gather(working, gone, return_exceptions=True)

@@ -72,11 +72,11 @@ def ready(request: Request) -> Response:
 
 
 ROUTERS: tuple[APIRouter, ...] = (
+    chat.router,  # routes are tried in their order, and these are asked a thousand times as often as the others
+    responses.router,
     files.router,
     jobs.router,
     models.router,
-    chat.router,
-    responses.router,
     batches.router,
 )
 
