@@ -6,6 +6,7 @@ or of the machine, 2 the input is wrong, 3 evaluated and not better than `must_b
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import sys
 from pathlib import Path
@@ -309,12 +310,14 @@ def serve(
     database: DatabaseOption = None,
     files: FilesOption = None,
     workers: Annotated[int, typer.Option(min=0, help="Worker processes to start beside it.")] = 1,
+    engines: Annotated[int, typer.Option(min=1, help="Processes with a model's weights at once, at most.")] = 2,
     sets: SetOption = None,
 ) -> None:
     """Serve the OpenAI and Azure OpenAI fine-tuning API, until Ctrl-C or SIGTERM."""
     from tunewright.server import process
 
-    process.serve(_settings(data, database, files, sets), host=host, port=port, workers=workers)
+    settings = dataclasses.replace(_settings(data, database, files, sets), engines=engines)
+    process.serve(settings, host=host, port=port, workers=workers)
 
 
 @app.command()

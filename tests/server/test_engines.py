@@ -183,13 +183,14 @@ def test_an_engine_holds_so_many_adapters_and_no_more(
         assert len(direct.get("http://engine/healthz").json()["adapters"]) == 1
 
 
-def test_the_engine_that_was_asked_longest_ago_makes_room(known: Models, tmp_path: Path) -> None:
-    with serving(tmp_path, known, engines=1) as served, served.client() as client:
+def test_the_engine_that_was_asked_longest_ago_makes_room_and_an_idle_one_ends(known: Models, tmp_path: Path) -> None:
+    with serving(tmp_path, known, engines=1, engine_idle_s=2.0) as served, served.client() as client:
         said(client, "base")
         first = engine_of(served, "base").pid
         said(client, "ft:full")
         assert list(served.server.engines.running()) == [served.target("ft:full").engine]
         assert not psutil.pid_exists(first)
         last = engine_of(served, "ft:full").pid
-    assert not psutil.pid_exists(last)
+        wait_for(lambda: not served.server.engines.running())  # nobody asks
+        wait_for(lambda: not psutil.pid_exists(last))
     assert "engine" in (tmp_path / "engines" / f"{served.target('ft:full').engine}.log").read_text()

@@ -109,10 +109,10 @@ def cancel_batch(request: Request, _caller: Inference, batch_id: str) -> dict[st
     """What has been answered by now is in the output file."""
     server = web.server(request)
     table = tables.batches
+    _find(server, batch_id)
     with server.store.begin() as connection:
         found = store.row(connection, table, id=batch_id)
-        if found is None:
-            raise web.not_found("batch", batch_id[:128], param="batch_id")
+        assert found is not None, "batches are never deleted"
         if found["status"] not in WORKED_ON:
             raise ApiError(
                 400, f"The batch '{batch_id}' is {found['status']} already.", param="batch_id", code="invalid_value"
@@ -444,8 +444,10 @@ def _problem(code: str, message: str, param: str | None = None, line: int | None
 
 
 def _find(server: Server, batch_id: str) -> dict[str, Any]:
-    with server.store.begin() as connection:
-        found = store.row(connection, tables.batches, id=batch_id)
+    found = None
+    if batch_id.isprintable():  # PostgreSQL takes no NUL
+        with server.store.begin() as connection:
+            found = store.row(connection, tables.batches, id=batch_id)
     if found is None:
         raise web.not_found("batch", batch_id[:128], param="batch_id")
     return found

@@ -137,6 +137,7 @@ class Engines:
                 await engine.adapter(folder)
             yield engine
         except httpx2.TransportError:
+            engine.broken = True
             raise _ended(target) from None
         finally:
             engine.using[folder] -= 1
@@ -188,6 +189,8 @@ class Engine:
         self.asked = 0
         self.using: Counter[str | None] = Counter()
         self.last = time.monotonic()
+        self.broken = False
+        """It hung up: its process has ended or is about to, which shows a moment later."""
         self.quiet = asyncio.Event()
         """Set when nobody is left who asks."""
         self._target = target
@@ -209,7 +212,7 @@ class Engine:
     @property
     def is_dead(self) -> bool:
         failed = self.started.done() and (self.started.cancelled() or self.started.exception() is not None)
-        return failed or (self._process is not None and self._process.poll() is not None)
+        return failed or self.broken or (self._process is not None and self._process.poll() is not None)
 
     @property
     def exit_code(self) -> int | None:
