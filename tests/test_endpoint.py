@@ -449,8 +449,8 @@ def test_a_label_is_shown_as_it_is_written_whatever_surrounds_its_tokens(sorter:
         ({"messages": [{"role": "user", "content": [{"type": "text"}]}]}, "invalid_value", "messages[0].content"),
         (
             {"messages": [{"role": "assistant", "content": "", "tool_calls": [{}]}]},
-            "unsupported_parameter",
-            "messages[0].tool_calls",
+            "missing_required_parameter",
+            "messages[0].tool_calls[0].id",
         ),
         ({"temperature": 2.1}, "invalid_value", "temperature"),
         ({"temperature": "0"}, "invalid_type", "temperature"),
@@ -458,7 +458,7 @@ def test_a_label_is_shown_as_it_is_written_whatever_surrounds_its_tokens(sorter:
         ({"max_tokens": 0}, "invalid_value", "max_tokens"),
         ({"max_tokens": 1.5}, "invalid_type", "max_tokens"),
         ({"max_tokens": 1, "max_completion_tokens": 1}, "invalid_parameter_combination", "max_tokens"),
-        ({"n": 9}, "invalid_value", "n"),
+        ({"n": 129}, "invalid_value", "n"),
         ({"seed": 2**64}, "invalid_value", "seed"),
         ({"stop": ["a"] * 5}, "invalid_value", "stop"),
         ({"stop": ""}, "invalid_value", "stop[0]"),
@@ -468,11 +468,13 @@ def test_a_label_is_shown_as_it_is_written_whatever_surrounds_its_tokens(sorter:
         ({"stream_options": {"include_usage": True}}, "invalid_value", "stream_options"),
         ({"stream": "yes"}, "invalid_type", "stream"),
         ({"model": None}, "invalid_type", "model"),
-        ({"tools": [{"type": "function"}]}, "unsupported_parameter", "tools"),
-        ({"tool_choice": "required"}, "unsupported_parameter", "tool_choice"),
-        ({"response_format": {"type": "json_object"}}, "unsupported_parameter", "response_format"),
-        ({"logit_bias": {"5": 1}}, "unsupported_parameter", "logit_bias"),
-        ({"frequency_penalty": 0.5}, "unsupported_parameter", "frequency_penalty"),
+        ({"tools": [{"type": "function"}]}, "missing_required_parameter", "tools[0].function"),
+        ({"tool_choice": "required"}, "invalid_value", "tool_choice"),
+        ({"functions": [{"name": "f"}]}, "unsupported_parameter", "functions"),
+        ({"response_format": {"type": "xml"}}, "invalid_value", "response_format"),
+        ({"logit_bias": {"5": 101}}, "invalid_value", "logit_bias.5"),
+        ({"logit_bias": {"99999": 1}}, "invalid_value", "logit_bias"),
+        ({"frequency_penalty": 2.5}, "invalid_value", "frequency_penalty"),
         ({"modalities": ["text", "audio"], "audio": {}}, "unsupported_parameter", "modalities"),
         ({"top_k": 5}, "unsupported_parameter", "top_k"),
         ({"reasoning_effort": "high"}, "unsupported_parameter", "reasoning_effort"),
@@ -592,7 +594,7 @@ def test_the_quota_is_judged_at_arrival_and_for_its_key_alone(writer: Served) ->
         assert raw.headers["x-ratelimit-reset-tokens"] == "1m0s"
         now[0] = 20.0
         with pytest.raises(openai.BadRequestError):
-            client.chat.completions.create(**asked, n=99)
+            client.chat.completions.create(**asked, n=129)
         client.chat.completions.create(**asked, max_tokens=20)
         with pytest.raises(openai.RateLimitError) as caught:
             client.chat.completions.create(**asked, max_tokens=6, stream=True)

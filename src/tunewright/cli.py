@@ -321,6 +321,7 @@ def serve(
     database: DatabaseOption = None,
     files: FilesOption = None,
     workers: Annotated[int, typer.Option(min=0, help="Worker processes to start beside it.")] = 1,
+    engines: Annotated[int, typer.Option(min=1, help="Processes with a model's weights at once, at most.")] = 2,
     sets: SetOption = None,
     filter: Annotated[
         str,
@@ -336,7 +337,9 @@ def serve(
     """Serve the OpenAI and Azure OpenAI fine-tuning API, until Ctrl-C or SIGTERM."""
     from tunewright.server import process
 
-    settings = _settings(data, database, files, sets, filter=filter, log_format=log_format.value)
+    settings = _settings(
+        data, database, files, sets, filter=filter, log_format=log_format.value, engines=engines
+    )
     process.serve(settings, host=host, port=port, workers=workers)
 
 

@@ -19,6 +19,9 @@ from tunewright.chat import Equipment, Message, Rendering
 from tunewright.errors import DataError
 
 Progress = Callable[[int, int], None]
+Shape = Callable[[Any, Sequence[int]], Any]
+"""Has a say in which token comes next: from its logits and the ids that were generated so far, the logits to choose by,
+V. Those of a token that must not come are -inf."""
 
 LOGITS = 2**26
 """Numbers in one batch's logits at most (256 MB in float32), so that a large vocabulary does not fill the memory."""
@@ -384,11 +387,12 @@ class LocalCompleter:
         top_p: float = 1.0,
         seed: int | None = None,
         num_top: int = 0,
+        shapes: Sequence[Shape] = (),
     ) -> Iterator[Token]:
         """Tokens one at a time, up to and including a stop token or to the end of the context. Temperature 0 is greedy.
 
         Token texts joined give `text` of the ids: a character whose bytes are spread over several tokens comes with
-        the last of them.
+        the last of them. Log-probabilities are the model's own, whatever `shapes` made of them.
         """
         import torch
 
@@ -407,7 +411,8 @@ class LocalCompleter:
                 out = self.model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
             cache = getattr(out, "past_key_values", None)  # recurrent architectures have none of this kind
             logprobs_V = out.logits[0, -1].float().log_softmax(-1).cpu()
-            token = _choose(logprobs_V, temperature, top_p, generator)
+            shaped_V = functools.reduce(lambda logits_V, shape: shape(logits_V, said), shapes, logprobs_V)
+            token = _choose(shaped_V, temperature, top_p, generator)
             top = logprobs_V.topk(num_top) if num_top else None
             alternatives = list(zip(top.indices.tolist(), top.values.tolist(), strict=True)) if top is not None else []
             stops = token in self.equipment.stop_ids
@@ -419,6 +424,34 @@ class LocalCompleter:
             if stops:
                 return
             ids = torch.tensor([[token] if cache is not None else [*prompt, *said]], device=self.model.device)
+
+    def read(self, ids: Sequence[int], *, num_top: int = 0) -> list[Token]:
+        """A text's tokens from its second on, each with the log-probability that the model gives it there; without
+        their own texts."""
+        import torch
+
+        self._refuse_beyond_context([list(ids)])
+        found: list[Token] = []
+        cache = None
+        for start in range(0, len(ids) - 1, self._most_kept):
+            end = min(start + self._most_kept, len(ids) - 1)
+            piece = ids[start if cache is not None else 0 : end]
+            with torch.inference_mode():
+                out = self.model(
+                    input_ids=torch.tensor([list(piece)], device=self.model.device),
+                    past_key_values=cache,
+                    use_cache=True,
+                    logits_to_keep=end - start,
+                )
+            cache = getattr(out, "past_key_values", None)  # recurrent architectures have none of this kind
+            logprobs_TV = out.logits[0].float().log_softmax(-1).cpu()
+            best = logprobs_TV.topk(num_top) if num_top else None
+            for place, token in enumerate(ids[start + 1 : end + 1]):
+                top = []
+                if best is not None:
+                    top = list(zip(best.indices[place].tolist(), best.values[place].tolist(), strict=True))
+                found.append(Token(token, "", float(logprobs_TV[place, token]), top))
+        return found
 
     def text(self, ids: Sequence[int]) -> str:
         """What generated ids say, up to a stop token. A character that has not got all its bytes is left out."""
@@ -449,9 +482,14 @@ class LocalCompleter:
             yield batch
 
     @property
+    def num_tokens(self) -> int:
+        """Ids that there are, those of rows without a token included."""
+        return int(self.model.config.get_text_config().vocab_size)
+
+    @property
     def _most_kept(self) -> int:
         """Places of one batch with logits at most."""
-        return LOGITS // int(self.model.config.get_text_config().vocab_size)
+        return LOGITS // self.num_tokens
 
     def _refuse_beyond_context(self, prompts: Sequence[list[int]], answer: int = 0) -> None:
         # The last token of an answer is only predicted, so it needs no place.

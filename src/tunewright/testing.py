@@ -1,6 +1,7 @@
 """Fakes and small things for tests, ours and plug-ins' alike. Public.
 
 FakeBackend   keeps the backend contract without doing any work
+EchoEngines   answers a server's completions at once, in its own process, with what was asked
 tiny_model    a random model of a few thousand weights, with its tokenizer, in a folder
 tiny_data     a small labelled data set that a tiny model can learn
 """
@@ -9,14 +10,18 @@ from __future__ import annotations
 
 import json
 import random
+from collections.abc import AsyncGenerator, Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from tunewright import models
 from tunewright.backends.base import Job, Problem, Resource, Status
 from tunewright.errors import RecipeError
 from tunewright.recipe import Recipe
 from tunewright.run import Run, write_json
+
+if TYPE_CHECKING:
+    from tunewright.server.models import Target
 
 WORDS = {
     "good": ("lovely", "great", "fine", "superb", "kind"),
@@ -92,6 +97,53 @@ class FakeBackend:
         kept = [one for one in self.standing.get(run.id, []) if one.name != resource.name]
         self.standing[run.id] = kept
         return "gone"
+
+
+class EchoEngines:
+    """Engines that need no weights: the reply is the last message, or the prompt, and a token is a word."""
+
+    def __init__(self) -> None:
+        self.asked: list[tuple[str, str]] = []
+        """Model and path of each request."""
+
+    async def ask(self, target: Target, path: str, body: Mapping[str, Any]) -> dict[str, Any]:
+        self.asked.append((target.name, path))
+        said = _last_said(body)
+        chat = path == "/chat/completions"
+        common = {"id": "chatcmpl-echo" if chat else "cmpl-echo", "created": 0, "model": body["model"]}
+        choice: dict[str, Any] = {"index": 0, "logprobs": None, "finish_reason": "stop"}
+        choice |= {"message": {"role": "assistant", "content": said, "refusal": None}} if chat else {"text": said}
+        kind = "chat.completion" if chat else "text_completion"
+        return {**common, "object": kind, "choices": [choice], "usage": _words(said)}
+
+    async def stream(self, target: Target, path: str, body: Mapping[str, Any]) -> AsyncGenerator[dict[str, Any]]:
+        self.asked.append((target.name, path))
+        said = _last_said(body)
+        chat = path == "/chat/completions"
+        common = {"id": "chatcmpl-echo" if chat else "cmpl-echo", "created": 0, "model": body["model"]}
+        common |= {"object": "chat.completion.chunk" if chat else "text_completion", "usage": None}
+        if chat:
+            first = {"role": "assistant", "content": "", "refusal": None}
+            yield {**common, "choices": [{"index": 0, "delta": first, "logprobs": None, "finish_reason": None}]}
+        for number, word in enumerate(said.split(" ")):
+            text = f" {word}" if number else word
+            delta = {"delta": {"content": text}} if chat else {"text": text}
+            yield {**common, "choices": [{"index": 0, **delta, "logprobs": None, "finish_reason": None}]}
+        end: dict[str, Any] = {"delta": {}} if chat else {"text": ""}
+        yield {**common, "choices": [{"index": 0, **end, "logprobs": None, "finish_reason": "stop"}]}
+        yield {**common, "choices": [], "usage": _words(said)}
+
+    async def aclose(self) -> None:
+        return
+
+
+def _last_said(body: Mapping[str, Any]) -> str:
+    return str(body["messages"][-1]["content"] if "messages" in body else body["prompt"][0])
+
+
+def _words(said: str) -> dict[str, int]:
+    count = len(said.split())
+    return {"prompt_tokens": count, "completion_tokens": count, "total_tokens": 2 * count}
 
 
 def tiny_model(folder: Path, *, context: int = 256, template: str | None = None, eos: bool = True) -> Path:

@@ -2,6 +2,8 @@
 
 Does one stage for one run, in this process. What goes wrong is written to the run folder as one line for a person;
 the traceback goes to standard error, which the backend keeps as the stage's log.
+
+`python -m tunewright.work engine --socket PATH --source BASE` is the server's: it holds weights and answers.
 """
 
 from __future__ import annotations
@@ -23,6 +25,9 @@ from tunewright.run import Run, write_json
 
 def main(arguments: list[str] | None = None) -> int:
     """Do a stage; gives the process's exit code."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    if arguments[:1] == ["engine"]:
+        return engine(arguments[1:])
     parser = argparse.ArgumentParser(prog="python -m tunewright.work")
     parser.add_argument("stage", choices=[*STAGES, "serve"])
     parser.add_argument("run", type=Path)
@@ -61,6 +66,27 @@ def main(arguments: list[str] | None = None) -> int:
         return known.exit_code
     finally:
         os.close(lock)
+    return 0
+
+
+def engine(arguments: list[str]) -> int:
+    """Serve a model to the server that started this process; what goes wrong is the last line of its log."""
+    from tunewright.endpoint import engine as engines
+
+    parser = argparse.ArgumentParser(prog="python -m tunewright.work engine")
+    parser.add_argument("--socket", type=Path, required=True)
+    parser.add_argument("--source", required=True)
+    parser.add_argument("--revision")
+    parser.add_argument("--folder", type=Path)
+    given = parser.parse_args(arguments)
+    try:
+        engines.serve(given.socket, given.source, revision=given.revision, folder=given.folder)
+    except Exception as error:  # noqa: BLE001 - the edge of the process: everything is reported, nothing is hidden
+        known = explained(error)
+        if known is None:
+            traceback.print_exc()
+        print(known or f"{type(error).__name__}: {error}".splitlines()[0], file=sys.stderr, flush=True)
+        return known.exit_code if known else FAULT
     return 0
 
 

@@ -1,13 +1,15 @@
-"""A packaged model behind the OpenAI API, in a process of its own.
+"""Models behind the OpenAI API, in processes of their own.
 
-    load(run)      the packaged model, or a refusal where it would not render as it was trained
-    create_app     the routes: /healthz, /v1/models, /v1/chat/completions
+    load(run)      a packaged model, or a refusal where it would not render as it was trained
+    create_app     the routes: /healthz, /v1/models, /v1/chat/completions, /v1/completions
     serve(run)     both of them on a port, until SIGTERM
+    engine         a base with many adapters, or a whole model, on a Unix socket for a server
 
-A model with labels answers only with one of them, and with the very one that evaluation would have named. Any other
-model writes text. One request is computed at a time; the others wait their turn.
+A model with labels answers conversations only with one of them, and with the very one that evaluation would have named.
+Any other model writes text, JSON of a schema, or calls of functions. One request is computed at a time; the others
+wait their turn.
 
-What is not covered: tools, images and audio, JSON mode, /v1/completions, several models behind one port, batching.
+What is not covered: images and audio, embeddings, batching.
 """
 
 from tunewright.endpoint.app import create_app

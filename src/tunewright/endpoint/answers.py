@@ -7,13 +7,17 @@ shown together with the text that it begins.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from tunewright.generate import Token
 
-FinishReason = Literal["stop", "length"]
+if TYPE_CHECKING:
+    from tunewright.endpoint.guide import Guide
+    from tunewright.endpoint.tools import Toolbox
+
+FinishReason = Literal["stop", "length", "tool_calls"]
 
 
 @dataclass(frozen=True)
@@ -29,6 +33,20 @@ class Ask:
     n: int = 1
     stop: tuple[str, ...] = ()
     num_top: int = 0
+    frequency_penalty: float = 0.0
+    presence_penalty: float = 0.0
+    logit_bias: Mapping[int, float] = field(default_factory=dict)
+    """What is added to the logits of some token ids."""
+    guide: Guide | None = None
+    """What the answer is held to."""
+    toolbox: Toolbox | None = None
+    """Functions that the answer may call; calls are read out of its text."""
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether nothing but temperature and top_p has a say in which token comes."""
+        shaped = self.frequency_penalty or self.presence_penalty or self.logit_bias
+        return not shaped and self.guide is None and self.toolbox is None
 
 
 @dataclass(frozen=True)
@@ -37,6 +55,16 @@ class Piece:
 
     text: str
     tokens: list[Token] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Call:
+    """A whole call of a function."""
+
+    id: str
+    name: str
+    arguments: str
+    """A JSON object, as text."""
 
 
 @dataclass(frozen=True)
@@ -100,7 +128,7 @@ class Holdback:
             self.stopped = True
             self._held = ""
             return held[: min(found)[1]]
-        keep = max((_overlap(held, stop) for stop in self._stop), default=0)
+        keep = max((overlap(held, stop) for stop in self._stop), default=0)
         self._held = held[len(held) - keep :]
         return held[: len(held) - keep]
 
@@ -118,7 +146,7 @@ def _begun(waiting: deque[tuple[int, list[Token]]], shown: int) -> list[Token]:
     return tokens
 
 
-def _overlap(text: str, stop: str) -> int:
+def overlap(text: str, stop: str) -> int:
     """Length of the longest end of `text` that is a beginning of `stop`, shorter than `stop` itself."""
     longest = min(len(text), len(stop) - 1)
     return next((size for size in range(longest, 0, -1) if text.endswith(stop[:size])), 0)

@@ -1,45 +1,26 @@
-"""The routes: health, models and chat completions, with keys and a quota.
+"""The routes of one model: health, models and completions, with keys and a quota.
 
 Every error on every route is in OpenAI's envelope, so that the SDK's error has its class, code and param.
 """
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import hmac
-import logging
 import os
-import secrets
 import time
-from collections.abc import AsyncIterator, Callable, Coroutine, Mapping
-from typing import Any, TypeVar
+from collections.abc import AsyncIterator, Callable, Mapping
 
 from fastapi import FastAPI, Request
-from fastapi.responses import JSONResponse, Response, StreamingResponse
+from fastapi.responses import JSONResponse, Response
 from starlette.exceptions import HTTPException
 
-from tunewright.endpoint.answers import Ask, Piece
-from tunewright.endpoint.diary import CLIENT_LEFT, Diary, Entry, entry, server_error
+from tunewright.endpoint import answering
+from tunewright.endpoint.diary import Diary, Entry
 from tunewright.endpoint.quota import Quota
 from tunewright.endpoint.served import Served
-from tunewright.endpoint.shapes import (
-    ApiError,
-    ChatRequest,
-    Choice,
-    Reply,
-    event,
-    model_card,
-    read_request,
-)
+from tunewright.endpoint.shapes import ApiError, model_card, read_request, read_text_request
 from tunewright.endpoint.worker import Worker
-from tunewright.errors import DataError
-
-T = TypeVar("T")
-
-logger = logging.getLogger("tunewright.endpoint")
-
-DONE = "data: [DONE]\n\n"
 
 
 def create_app(
@@ -62,6 +43,10 @@ def create_app(
     worker = Worker()
     quota = Quota(tokens_per_minute, clock) if tokens_per_minute is not None else None
 
+    def admit(tokens: int, note: Entry) -> None:
+        if quota is not None:
+            _admit(quota, tokens, name, note)
+
     @contextlib.asynccontextmanager
     async def lifespan(_app: FastAPI) -> AsyncIterator[None]:
         yield
@@ -69,8 +54,8 @@ def create_app(
 
     app = FastAPI(lifespan=lifespan, openapi_url=None, redirect_slashes=False)
     app.add_middleware(Diary)
-    app.add_exception_handler(ApiError, _api_error)
-    app.add_exception_handler(HTTPException, _http_error)
+    app.add_exception_handler(ApiError, api_error)
+    app.add_exception_handler(HTTPException, http_error)
 
     @app.get("/healthz")
     async def health() -> Response:
@@ -91,30 +76,15 @@ def create_app(
     async def chat_completions(request: Request) -> Response:
         metered = _authenticate(request, keys)
         wanted = read_request(await request.body())
-        _check_model(wanted.model, name)
-        ask = await _ask(served, wanted)
-        note = entry(request)
-        note.notes["prompt_tokens"] = len(ask.prompt)
-        if quota is not None and metered:
-            _admit(quota, served.estimate(ask), name, note)
-        reply = Reply(
-            id=f"chatcmpl-{secrets.token_hex(12)}",
-            created=int(time.time()),
-            model=name,
-            speller=served.speller,
-            logprobs=wanted.logprobs,
-            include_usage=wanted.stream_options is not None and wanted.stream_options.include_usage,
-        )
-        if wanted.stream:
-            return StreamingResponse(
-                _stream(served, worker, ask, reply, note),
-                media_type="text/event-stream",
-                headers={"cache-control": "no-cache", "x-accel-buffering": "no"},
-            )
-        choices = await _while_connected(request, _collect(served, worker, ask, note))
-        if choices is None:
-            return Response(status_code=CLIENT_LEFT)
-        return JSONResponse(reply.whole(choices, len(ask.prompt)))
+        _check_model(str(wanted.model), name)
+        return await answering.chat(request, served, worker, wanted, name=name, admit=admit if metered else None)
+
+    @app.post("/v1/completions")
+    async def completions(request: Request) -> Response:
+        metered = _authenticate(request, keys)
+        wanted = read_text_request(await request.body())
+        _check_model(str(wanted.model), name)
+        return await answering.text(request, served, worker, wanted, name=name, admit=admit if metered else None)
 
     return app
 
@@ -143,35 +113,6 @@ def _check_model(asked: str, name: str) -> None:
         )
 
 
-async def _ask(served: Served, wanted: ChatRequest) -> Ask:
-    """The request in tokens, known to fit into the model's context."""
-    try:
-        prompt = await asyncio.to_thread(served.prompt, wanted.conversation)
-    except DataError as error:
-        raise ApiError(400, f"Invalid 'messages': {error}.", param="messages", code="invalid_value") from None
-    ask = Ask(
-        prompt=prompt,
-        max_tokens=wanted.max_completion_tokens or wanted.max_tokens,
-        temperature=wanted.temperature,
-        top_p=1.0 if wanted.top_p is None else wanted.top_p,
-        seed=wanted.seed,
-        n=wanted.n or 1,
-        stop=tuple(wanted.stop),
-        num_top=wanted.top_logprobs or 0,
-    )
-    context, needed = served.completer.context, served.needed(ask)
-    if context is not None and len(prompt) + needed > context:
-        raise ApiError(
-            400,
-            f"This model's maximum context length is {context} tokens. However, you requested {len(prompt) + needed} "
-            f"tokens ({len(prompt)} in the messages, {needed} in the completion). Please reduce the length of the "
-            "messages or completion.",
-            param="messages",
-            code="context_length_exceeded",
-        )
-    return ask
-
-
 def _admit(quota: Quota, tokens: int, name: str, note: Entry) -> None:
     verdict = quota.admit(tokens)
     note.headers |= verdict.headers
@@ -190,68 +131,12 @@ def _admit(quota: Quota, tokens: int, name: str, note: Entry) -> None:
     )
 
 
-async def _collect(served: Served, worker: Worker, ask: Ask, note: Entry) -> list[Choice]:
-    choices = [Choice() for _ in range(ask.n)]
-    async with contextlib.aclosing(worker.run(lambda: served.answer(ask))) as events:
-        async for index, said in events:
-            choices[index].add(said)
-    note.notes["completion_tokens"] = sum(choice.num_tokens for choice in choices)
-    return choices
-
-
-async def _stream(served: Served, worker: Worker, ask: Ask, reply: Reply, note: Entry) -> AsyncIterator[str]:
-    """The answer as server-sent events. An error on the way is the last event, for the status is already sent."""
-    speaking = -1
-    pieces = finished = completion_tokens = 0
-    try:
-        async with contextlib.aclosing(worker.run(lambda: served.answer(ask))) as events:
-            async for index, said in events:
-                if index != speaking:
-                    speaking = index
-                    yield reply.first(index)
-                if isinstance(said, Piece):
-                    pieces += 1
-                    if said.text or said.tokens:
-                        yield reply.piece(index, said)
-                else:
-                    finished += 1
-                    completion_tokens += said.num_tokens
-                    yield reply.last(index, said)
-        if reply.include_usage:
-            yield reply.usage(len(ask.prompt), completion_tokens)
-        yield DONE
-    except Exception:
-        logger.exception("%s failed while streaming", note.id)
-        yield event(server_error(note).body)
-    finally:
-        note.notes["completion_tokens"] = completion_tokens
-        if finished < ask.n:
-            note.notes |= {"completion_tokens": pieces, "cut_off": "yes"}
-
-
-async def _while_connected(request: Request, work: Coroutine[Any, Any, T]) -> T | None:
-    """What `work` gives; None where the client left before, and then the work is stopped."""
-
-    async def until_gone() -> None:
-        while (await request.receive())["type"] != "http.disconnect":
-            pass
-
-    working, gone = asyncio.create_task(work), asyncio.create_task(until_gone())
-    try:
-        await asyncio.wait({working, gone}, return_when=asyncio.FIRST_COMPLETED)
-        return working.result() if working.done() else None
-    finally:
-        working.cancel()
-        gone.cancel()
-        await asyncio.gather(working, gone, return_exceptions=True)
-
-
-async def _api_error(_request: Request, error: Exception) -> Response:
+async def api_error(_request: Request, error: Exception) -> Response:
     assert isinstance(error, ApiError)
     return JSONResponse(error.body, error.status, error.headers)
 
 
-async def _http_error(request: Request, error: Exception) -> Response:
+async def http_error(request: Request, error: Exception) -> Response:
     """What the router says: no such route, or not with this method."""
     assert isinstance(error, HTTPException)
     where = f"{request.method} {request.url.path}"

@@ -1,23 +1,28 @@
-"""A packaged model, ready to answer: read from a run folder, and refused where it would not render as it was trained.
+"""A model ready to answer: read from a run's package, or from a folder and a base; refused where it would not render
+as it was trained.
 
-No torch here: every number comes from `generate`, which evaluation uses too.
+Every number comes from `generate`, which evaluation uses too.
 """
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 import random
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
 from typing import Any
 
 from tunewright import chat, models
 from tunewright.chat import Equipment, Message
-from tunewright.endpoint.answers import Ask, End, Piece, cut
+from tunewright.endpoint import tools
+from tunewright.endpoint.answers import Ask, Call, End, Piece, cut
+from tunewright.endpoint.guide import Guides
 from tunewright.endpoint.spelling import Speller
 from tunewright.errors import EndpointError
-from tunewright.generate import LabelTree, LocalCompleter, Token
+from tunewright.generate import LabelTree, LocalCompleter, Shape, Token
 from tunewright.run import Run, read_json
 
 USUAL_ANSWER = 128
@@ -34,22 +39,46 @@ NARROWEST = 1e-9
 
 
 class Served:
-    """A model that answers conversations. Its methods may be called from one thread at a time, `prompt` from any."""
+    """A model that answers conversations. Its methods may be called from one thread at a time; `prompt`, `ids`,
+    `guides` and `form` from any.
 
-    def __init__(self, completer: LocalCompleter, *, labels: Sequence[str] | None = None, created: int = 0) -> None:
+    Args:
+        activate: called in the model's thread before it computes: puts this one's adapter in its place.
+    """
+
+    def __init__(
+        self,
+        completer: LocalCompleter,
+        *,
+        labels: Sequence[str] | None = None,
+        created: int = 0,
+        activate: Callable[[], None] = lambda: None,
+    ) -> None:
         self.completer = completer
         self.created = created
         """Unix time at which the model was packaged."""
         self.speller = Speller(completer.tokenizer)
+        self.guides = Guides(completer.tokenizer, completer.equipment)
         self.classifier = Classifier(completer, labels) if labels else None
+        self._activate = activate
 
-    def prompt(self, messages: Sequence[Message]) -> list[int]:
-        """Ids of a conversation.
+    @functools.cached_property
+    def form(self) -> tools.Form | None:
+        """How the model writes calls of functions."""
+        return tools.form_of(self.completer.tokenizer)
+
+    def prompt(self, messages: Sequence[Message], declared: Sequence[dict[str, Any]] = ()) -> list[int]:
+        """Ids of a conversation, with the functions that are declared.
 
         Raises:
             DataError: the chat template refuses it.
         """
-        return chat.render_prompt(self.completer.tokenizer, messages)
+        return chat.render_prompt(self.completer.tokenizer, messages, declared)
+
+    def ids(self, text: str) -> list[int]:
+        """Ids of a plain text to go on from, begun as the tokenizer begins texts."""
+        ids: list[int] = self.completer.tokenizer(text, verbose=False).input_ids
+        return ids
 
     def needed(self, ask: Ask) -> int:
         """Tokens of answer that must have room behind the prompt.
@@ -65,24 +94,68 @@ class Served:
             longest = self.classifier.longest if self.classifier else min(USUAL_ANSWER, self._room(ask))
         return len(ask.prompt) + ask.n * longest
 
-    def answer(self, ask: Ask) -> Iterator[tuple[int, Piece | End]]:
+    def answer(self, ask: Ask) -> Iterator[tuple[int, Piece | Call | End]]:
         """The pieces of each of the `n` answers with the answer's number, one answer after the other."""
+        self._activate()
         scores = self.classifier.scores(ask.prompt) if self.classifier else []
         for index in range(ask.n):
             seed = None if ask.seed is None else ask.seed + index
             tokens = self.classifier.tokens(ask, scores, seed) if self.classifier else self._tokens(ask, seed)
-            for event in cut(tokens, ask.stop, self.completer.equipment.stop_ids):
+            events = cut(tokens, ask.stop, self.completer.equipment.stop_ids)
+            for event in events if ask.toolbox is None else tools.read(events, ask.toolbox, self.form):
                 yield index, event
+
+    def go_on(self, ask: Ask, *, best_of: int | None = None, echo: bool = False) -> Iterator[tuple[int, Piece | End]]:
+        """As `answer`, from the prompt's own last token: whatever the model's task, what follows is text.
+
+        Args:
+            best_of: write so many, and give the `n` whose tokens are the most probable on average.
+            echo: give the prompt first, each token with its log-probability (NaN for the first).
+        """
+        self._activate()
+        said = self._echo(ask) if echo else None
+        written = self._best(ask, best_of) if best_of is not None and best_of > ask.n else self._each(ask)
+        begun = -1
+        for index, event in written:
+            if said is not None and index != begun:
+                begun = index
+                yield index, said
+            yield index, event
+
+    def _each(self, ask: Ask) -> Iterator[tuple[int, Piece | End]]:
+        for index in range(ask.n):
+            seed = None if ask.seed is None else ask.seed + index
+            for event in cut(self._tokens(ask, seed), ask.stop, self.completer.equipment.stop_ids):
+                yield index, event
+
+    def _best(self, ask: Ask, best_of: int) -> Iterator[tuple[int, Piece | End]]:
+        """The `n` best; meanwhile pieces that say nothing, so that a caller can stop between."""
+        answers: list[list[Piece | End]] = [[] for _ in range(best_of)]
+        for index, event in self._each(replace(ask, n=best_of)):
+            answers[index].append(event)
+            yield 0, Piece("")
+        for index, answer in enumerate(sorted(answers, key=_mean_logprob, reverse=True)[: ask.n]):
+            for event in answer:
+                yield index, event
+
+    def _echo(self, ask: Ask) -> Piece:
+        tokenizer = self.completer.tokenizer
+        options = {"skip_special_tokens": True, "clean_up_tokenization_spaces": False}
+        text: str = tokenizer.decode(ask.prompt, **options)
+        first = Token(ask.prompt[0], "", math.nan)
+        return Piece(text, [first, *self.completer.read(ask.prompt, num_top=ask.num_top)])
 
     def _tokens(self, ask: Ask, seed: int | None) -> Iterator[Token]:
         temperature = 1.0 if ask.temperature is None else ask.temperature
+        most = ENDLESS if ask.max_tokens is None else ask.max_tokens
         return self.completer.stream(
             ask.prompt,
-            max_new_tokens=min(ask.max_tokens or ENDLESS, self._room(ask)),
+            max_new_tokens=min(most, self._room(ask)),
             temperature=temperature if temperature >= COLDEST else 0.0,
             top_p=max(ask.top_p, NARROWEST),
             seed=seed,
             num_top=ask.num_top,
+            shapes=_shapes(ask),
         )
 
     def _room(self, ask: Ask) -> int:
@@ -99,27 +172,54 @@ def load(run: Run) -> Served:
     again = f"package again with `tunewright package {run.path}`"
     if not run.rendering_file.is_file():
         raise EndpointError(f"{run.path}: nothing is packaged; {again}")
-    rendering = read_json(run.rendering_file)
     device = models.best_device(use_cpu=run.recipe().train.use_cpu)
-    try:
-        equipment = Equipment(**{field.name: rendering[field.name] for field in fields(Equipment)})
-        trained_on = {key: rendering[key] for key in ("golden", "template_sha256")}
-        labels: list[str] | None = rendering["labels"]
-        if not trained_on["golden"] and rendering["task"] != "pretraining":
-            raise EndpointError(f"{run.rendering_file}: no golden conversation to compare with; {again}")
-    except KeyError as error:
-        raise EndpointError(f"{run.rendering_file}: {error} is missing; {again}") from None
+    trained = Trained.read(run.rendering_file, again)
     try:
         tokenizer = models.load_folder_tokenizer(run.packaged_model)
-        _check_rendering(tokenizer, trained_on, f"{run.packaged_model}", again)
+        trained.check(tokenizer, f"{run.packaged_model}")
         model = models.load_folder(run.packaged_model, device=device)
     except EndpointError:
         raise
     except (OSError, ValueError) as error:
         said = str(error).strip().split("\n")[0]
         raise EndpointError(f"{run.packaged_model}: cannot be loaded ({said}); {again}") from error
-    created = int(run.rendering_file.stat().st_mtime)
-    return Served(LocalCompleter(model, tokenizer, equipment), labels=labels, created=created)
+    return Served(LocalCompleter(model, tokenizer, trained.equipment), labels=trained.labels, created=trained.created)
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What training wrote down of its rendering (rendering.json)."""
+
+    equipment: Equipment
+    golden: dict[str, Any]
+    labels: list[str] | None
+    created: int
+    again: str
+    """What to do where it does not hold."""
+
+    @classmethod
+    def read(cls, file: Path, again: str) -> Trained:
+        """Raises:
+        EndpointError: it lacks what it should say.
+        """
+        rendering = read_json(file)
+        try:
+            equipment = Equipment(**{field.name: rendering[field.name] for field in fields(Equipment)})
+            golden = {key: rendering[key] for key in ("golden", "template_sha256")}
+            labels: list[str] | None = rendering["labels"]
+            if not golden["golden"] and rendering["task"] != "pretraining":
+                raise EndpointError(f"{file}: no golden conversation to compare with; {again}")
+        except KeyError as error:
+            raise EndpointError(f"{file}: {error} is missing; {again}") from None
+        return cls(equipment, golden, labels, int(file.stat().st_mtime), again)
+
+    def check(self, tokenizer: Any, where: str) -> None:
+        """Refuse a tokenizer that would give the model other ids than it was trained on."""
+        if not tokenizer.chat_template:
+            raise EndpointError(f"{where}: the tokenizer has no chat template, and training had one; {self.again}")
+        if found := chat.differences(tokenizer, self.golden):
+            more = f" (and {len(found) - 1} more)" if len(found) > 1 else ""
+            raise EndpointError(f"{where}: renders otherwise than in training: {found[0]}{more}; {self.again}")
 
 
 @dataclass(frozen=True)
@@ -190,13 +290,32 @@ def choose(scores: Sequence[float], temperature: float, top_p: float, seed: int 
     return random.Random(seed).choices(kept, weights[: len(kept)])[0]
 
 
-def _check_rendering(tokenizer: Any, trained_on: dict[str, Any], where: str, again: str) -> None:
-    """Refuse a tokenizer that would give the model other ids than it was trained on."""
-    if not tokenizer.chat_template:
-        raise EndpointError(f"{where}: the tokenizer has no chat template, and training had one; {again}")
-    if found := chat.differences(tokenizer, trained_on):
-        more = f" (and {len(found) - 1} more)" if len(found) > 1 else ""
-        raise EndpointError(f"{where}: renders otherwise than in training: {found[0]}{more}; {again}")
+def _shapes(ask: Ask) -> list[Shape]:
+    """What has a say in which token comes next, the grammar last."""
+    shapes: list[Shape] = []
+    if ask.logit_bias or ask.frequency_penalty or ask.presence_penalty:
+        shapes.append(functools.partial(_biased, ask))
+    if ask.guide is not None:
+        shapes.append(ask.guide.fresh())
+    return shapes
+
+
+def _biased(ask: Ask, logits_V: Any, said: Sequence[int]) -> Any:
+    """OpenAI's formula: each token's bias, less a penalty for having been said, and one for each time."""
+    import torch
+
+    biased_V = logits_V.clone()
+    for token, bias in ask.logit_bias.items():
+        biased_V[token] += bias
+    if said:
+        counts_V = torch.bincount(torch.tensor(said), minlength=len(logits_V))
+        biased_V -= counts_V * ask.frequency_penalty + (counts_V > 0) * ask.presence_penalty
+    return biased_V
+
+
+def _mean_logprob(answer: Sequence[Piece | End]) -> float:
+    logprobs = [token.logprob for event in answer if isinstance(event, Piece) for token in event.tokens]
+    return math.fsum(logprobs) / len(logprobs) if logprobs else -math.inf
 
 
 def _label_texts(completer: LocalCompleter, label: str, ids: list[int]) -> list[str]:

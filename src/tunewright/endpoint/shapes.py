@@ -1,4 +1,4 @@
-"""OpenAI's shapes: a chat request read and checked, replies and errors written.
+"""OpenAI's shapes: requests for completions read and checked, replies and errors written.
 
 A parameter that would change the answer and cannot be honoured is an error. Any other that is not known here is
 ignored, since clients send parameters that are newer than the server.
@@ -7,15 +7,16 @@ ignored, since clients send parameters that are newer than the server.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 from pydantic_core import ErrorDetails, PydanticCustomError
 
 from tunewright import chat
-from tunewright.endpoint.answers import End, Piece
+from tunewright.endpoint.answers import Call, End, Piece
 from tunewright.endpoint.spelling import Speller
 from tunewright.generate import Token
 
@@ -39,22 +40,33 @@ class ApiError(Exception):
         super().__init__(message)
         self.status = status
         self.headers = dict(headers or {})
-        self.body = {"error": {"message": message, "type": kind, "param": param, "code": code}}
+        self.body: dict[str, Any] = {"error": {"message": message, "type": kind, "param": param, "code": code}}
+
+    @classmethod
+    def received(cls, status: int, body: Any, headers: Mapping[str, str] | None = None) -> ApiError:
+        """What another process of ours answered."""
+        said = body.get("error") if isinstance(body, dict) else None
+        if not isinstance(said, dict):
+            return cls(status, str(body)[:500], kind="server_error", code="server_error", headers=headers)
+        error = cls(status, str(said.get("message")), headers=headers)
+        error.body = {"error": said}
+        return error
 
 
-def read_request(body: bytes) -> ChatRequest:
+def read_request(body: bytes, *, named: bool = False) -> ChatRequest:
     """A chat completion request.
+
+    Args:
+        named: the model is known from elsewhere, so the request need not name one.
 
     Raises:
         ApiError: it is not JSON, says something that is not allowed, or asks for what cannot be done here (400).
     """
-    try:
-        request = ChatRequest.model_validate_json(body)
-    except ValidationError as error:
-        raise explained(error.errors(include_url=False, include_context=False)[0]) from None
-    _refuse(request.model_extra or {}, REFUSED)
+    request = _read(ChatRequest, body, named=named)
+    if request.model_extra:
+        _refuse(request.model_extra, REFUSED)
     for number, message in enumerate(request.messages):
-        _refuse(message.model_extra or {}, REFUSED_IN_MESSAGES, f"messages[{number}].")
+        _check_message(message, f"messages[{number}]")
     if request.max_tokens is not None and request.max_completion_tokens is not None:
         raise ApiError(
             400,
@@ -63,10 +75,68 @@ def read_request(body: bytes) -> ChatRequest:
             code="invalid_parameter_combination",
         )
     if request.top_logprobs and not request.logprobs:
-        raise ApiError(400, "'top_logprobs' needs 'logprobs': true.", param="top_logprobs", code="invalid_value")
-    if request.stream_options is not None and not request.stream:
-        raise ApiError(400, "'stream_options' needs 'stream': true.", param="stream_options", code="invalid_value")
+        raise invalid("top_logprobs", "'top_logprobs' needs 'logprobs': true.")
+    if request.tools or request.tool_choice is not None:
+        _check_choice(request)
     return request
+
+
+def read_text_request(body: bytes, *, named: bool = False) -> TextRequest:
+    """A (legacy) completion request.
+
+    Raises:
+        ApiError: as `read_request`.
+    """
+    request = _read(TextRequest, body, named=named)
+    if request.model_extra:
+        _refuse(request.model_extra, REFUSED_IN_TEXT)
+    if request.best_of is not None and request.best_of < (request.n or 1):
+        raise invalid("best_of", "'best_of' is the number of answers to choose 'n' from, so it is at least as large.")
+    if request.stream and (request.best_of or 1) > (request.n or 1):
+        raise invalid("best_of", "'best_of' cannot be streamed: the best is known when all are written.")
+    return request
+
+
+R = TypeVar("R", bound="Asking")
+
+
+def _read(kind: type[R], body: bytes, *, named: bool) -> R:
+    try:
+        request = kind.model_validate_json(body)
+    except ValidationError as error:
+        raise explained(error.errors(include_url=False, include_context=False)[0]) from None
+    if request.model is None and not named:
+        if "model" in request.model_fields_set:
+            raise invalid("model", "Invalid 'model': input should be a valid string.", code="invalid_type")
+        raise invalid("model", "Missing required parameter: 'model'.", code="missing_required_parameter")
+    if request.stream_options is not None and not request.stream:
+        raise invalid("stream_options", "'stream_options' needs 'stream': true.")
+    return request
+
+
+def invalid(param: str, message: str, *, code: str = "invalid_value") -> ApiError:
+    return ApiError(400, message, param=param, code=code)
+
+
+def _check_message(message: MessageIn, where: str) -> None:
+    if message.model_extra:
+        _refuse(message.model_extra, REFUSED_IN_MESSAGES, f"{where}.")
+    if message.tool_calls and message.role != "assistant":
+        raise invalid(f"{where}.tool_calls", f"Invalid '{where}.tool_calls': only an assistant calls tools.")
+    if message.content is None and not message.tool_calls:
+        param = f"{where}.content"
+        if "content" in message.model_fields_set:
+            raise invalid(param, f"Invalid '{param}': input should be a valid string.", code="invalid_type")
+        raise invalid(param, f"Missing required parameter: '{param}'.", code="missing_required_parameter")
+
+
+def _check_choice(request: ChatRequest) -> None:
+    choice = request.tool_choice
+    wanted = choice["function"]["name"] if isinstance(choice, dict) else None
+    if choice is not None and choice != "none" and not request.tools and (wanted or choice == "required"):
+        raise invalid("tool_choice", "'tool_choice' asks for a call, and there are no 'tools'.")
+    if wanted is not None and wanted not in [tool.function.name for tool in request.tools]:
+        raise invalid("tool_choice", f"'tool_choice' names '{wanted}', which is none of the 'tools'.")
 
 
 def _content(value: Any) -> Any:
@@ -108,45 +178,191 @@ class Part(BaseModel):
     model_config = ConfigDict(strict=True, extra="allow", frozen=True, allow_inf_nan=False)
 
 
+def _object(value: str) -> str:
+    try:
+        given = json.loads(value)
+    except ValueError:
+        given = None
+    if not isinstance(given, dict):
+        raise PydanticCustomError("arguments", "the arguments of a call are a JSON object, as text")
+    return value
+
+
+def _tool_choice(value: Any) -> Any:
+    if value in (None, "none", "auto", "required"):
+        return value
+    named = value.get("function") if isinstance(value, dict) and value.get("type") == "function" else None
+    if isinstance(named, dict) and isinstance(named.get("name"), str):
+        return value
+    raise PydanticCustomError("choice", "it is none, auto, required, or a function by its name")
+
+
+def _response_format(value: Any) -> Any:
+    kind = value.get("type") if isinstance(value, dict) else None
+    if value is None or kind in ("text", "json_object"):
+        return value
+    if kind == "json_schema":
+        said = value.get("json_schema")
+        if isinstance(said, dict) and isinstance(said.get("schema", {}), dict):
+            return value
+        raise PydanticCustomError("format", "json_schema needs an object 'json_schema' with an object 'schema'")
+    raise PydanticCustomError("format", "its type is text, json_object or json_schema")
+
+
+class CalledFunction(Part):
+    name: str
+    arguments: Annotated[str, AfterValidator(_object)]
+
+
+class CallIn(Part):
+    id: str
+    type: Literal["function"] = "function"
+    function: CalledFunction
+
+
 class MessageIn(Part):
     role: Annotated[str, AfterValidator(_role)]
-    content: Annotated[str, BeforeValidator(_content)]
+    content: Annotated[str | None, BeforeValidator(_content)] = None
+    tool_calls: list[CallIn] | None = None
+    tool_call_id: str | None = None
+    name: str | None = None
+
+    @property
+    def message(self) -> chat.Message:
+        calls = tuple(chat.ToolCall(one.function.name, one.function.arguments, one.id) for one in self.tool_calls or ())
+        answers = self.role == "tool"
+        return chat.Message(
+            self.role,
+            self.content or "",
+            tool_calls=calls,
+            tool_call_id=self.tool_call_id if answers else None,
+            name=self.name if answers else None,
+        )
 
 
 class StreamOptions(Part):
     include_usage: Flag = False
 
 
-class ChatRequest(Part):
-    model: str
+class FunctionIn(Part):
+    name: str = Field(pattern=r"^[A-Za-z0-9_.-]{1,64}$")
+    description: str | None = None
+    parameters: dict[str, Any] | None = None
+    strict: bool | None = None
+
+
+class ToolIn(Part):
+    type: Literal["function"]
+    function: FunctionIn
+
+
+Stop = Annotated[list[Annotated[str, Field(min_length=1)]], BeforeValidator(_listed), Field(default=[], max_length=4)]
+Bias = Annotated[
+    dict[Annotated[str, Field(pattern=r"^[0-9]{1,9}$")], Annotated[float, Field(ge=-100, le=100)]],
+    BeforeValidator(lambda value: {} if value is None else value),
+]
+Penalty = Annotated[float, Field(ge=-2, le=2)] | None
+
+
+class Asking(Part):
+    """What requests for completions of both kinds have in common."""
+
+    model: str | None = None
+    temperature: float | None = Field(default=None, ge=0, le=2)
+    top_p: float | None = Field(default=None, ge=0, le=1)
+    stop: Stop
+    seed: int | None = Field(default=None, ge=-(2**63), le=2**63 - 1)
+    n: int | None = Field(default=None, ge=1, le=128)
+    stream: Flag = False
+    stream_options: StreamOptions | None = None
+    frequency_penalty: Penalty = None
+    presence_penalty: Penalty = None
+    logit_bias: Bias = Field(default={}, max_length=1024)
+
+    @property
+    def include_usage(self) -> bool:
+        return self.stream_options is not None and self.stream_options.include_usage
+
+
+class ChatRequest(Asking):
     messages: list[MessageIn] = Field(min_length=1)
     max_tokens: int | None = Field(default=None, ge=1)
     max_completion_tokens: int | None = Field(default=None, ge=1)
-    temperature: float | None = Field(default=None, ge=0, le=2)
-    top_p: float | None = Field(default=None, ge=0, le=1)
-    stop: Annotated[list[Annotated[str, Field(min_length=1)]], BeforeValidator(_listed)] = Field(
-        default=[], max_length=4
-    )
-    seed: int | None = Field(default=None, ge=-(2**63), le=2**63 - 1)
-    n: int | None = Field(default=None, ge=1, le=8)
     logprobs: Flag = False
     top_logprobs: int | None = Field(default=None, ge=0, le=20)
-    stream: Flag = False
-    stream_options: StreamOptions | None = None
+    tools: Annotated[list[ToolIn], BeforeValidator(lambda value: [] if value is None else value)] = Field(
+        default=[], max_length=128
+    )
+    tool_choice: Annotated[Any, AfterValidator(_tool_choice)] = None
+    parallel_tool_calls: bool | None = None
+    response_format: Annotated[Any, AfterValidator(_response_format)] = None
 
     @property
     def conversation(self) -> tuple[chat.Message, ...]:
-        return tuple(chat.Message(one.role, one.content) for one in self.messages)
+        return tuple(one.message for one in self.messages)
 
+    @property
+    def tool_dicts(self) -> tuple[dict[str, Any], ...]:
+        """The tools as templates take them: what the request leaves out is left out."""
+        return tuple(one.model_dump(exclude_unset=True) for one in self.tools)
+
+    @property
+    def most(self) -> int | None:
+        """Tokens of an answer at most."""
+        return self.max_completion_tokens or self.max_tokens
+
+    @property
+    def schema_asked(self) -> dict[str, Any] | None:
+        """The JSON Schema that the answer is held to; None where it is text."""
+        match (self.response_format or {}).get("type"):
+            case "json_object":
+                return {"type": "object"}
+            case "json_schema":
+                found: dict[str, Any] = self.response_format["json_schema"].get("schema") or {"type": "object"}
+                return found
+        return None
+
+
+def _prompts(value: Any) -> Any:
+    """One prompt or several, as text or ids, as a list of them."""
+    if value is None:
+        return [[]]
+    if isinstance(value, str) or (value and isinstance(value, list) and all(type(one) is int for one in value)):
+        return [value]
+    return value
+
+
+def _prompt(value: Any) -> Any:
+    if isinstance(value, str) or (isinstance(value, list) and all(type(one) is int and one >= 0 for one in value)):
+        return value
+    raise PydanticCustomError("prompt", "a prompt is a text or a list of token ids, and there may be a list of them")
+
+
+class TextRequest(Asking):
+    """A request to the older completions route."""
+
+    prompt: Annotated[list[Annotated[Any, AfterValidator(_prompt)]], BeforeValidator(_prompts)] = Field(
+        default=[[]], min_length=1, max_length=2048
+    )
+    max_tokens: int | None = Field(default=None, ge=0)
+    logprobs: int | None = Field(default=None, ge=0, le=5)
+    echo: Flag = False
+    best_of: int | None = Field(default=None, ge=1, le=128)
+
+    @property
+    def most(self) -> int:
+        return 16 if self.max_tokens is None else self.max_tokens
+
+
+OLD_CALLS = "it is the older form of tools; send 'tools' and 'tool_choice'"
 
 REFUSED: dict[str, tuple[str, tuple[Any, ...]]] = {
-    **dict.fromkeys(("tools", "functions"), ("this endpoint calls no tools", ())),
-    **dict.fromkeys(("tool_choice", "function_call"), ("this endpoint calls no tools", ("none", "auto"))),
-    "response_format": ("this endpoint writes plain text", ({"type": "text"},)),
+    "functions": (OLD_CALLS, ()),
+    "function_call": (OLD_CALLS, ("none", "auto")),
     "modalities": ("this endpoint writes plain text", (["text"],)),
     **dict.fromkeys(("audio", "web_search_options", "moderation"), ("this endpoint writes plain text", ())),
     **dict.fromkeys(
-        ("logit_bias", "frequency_penalty", "presence_penalty", "top_k", "min_p", "stop_token_ids", "min_tokens"),
+        ("top_k", "min_p", "stop_token_ids", "min_tokens"),
         ("tokens are drawn by temperature and top_p alone", (0, -1)),
     ),
     "repetition_penalty": ("tokens are drawn by temperature and top_p alone", (1,)),
@@ -162,9 +378,14 @@ REFUSED: dict[str, tuple[str, tuple[Any, ...]]] = {
 honoured, and the values that ask for what happens anyway. Null, false and empty ones always do."""
 
 REFUSED_IN_MESSAGES: dict[str, tuple[str, tuple[Any, ...]]] = {
-    **dict.fromkeys(("tool_calls", "function_call"), ("this endpoint calls no tools", ())),
+    "function_call": (OLD_CALLS, ()),
     "audio": ("this endpoint reads plain text", ()),
     "refusal": ("only content is read", ()),
+}
+
+REFUSED_IN_TEXT: dict[str, tuple[str, tuple[Any, ...]]] = {
+    "suffix": ("the model only goes on from a prompt; it fills no gaps", ()),
+    **{name: REFUSED[name] for name in ("top_k", "min_p", "stop_token_ids", "min_tokens", "repetition_penalty")},
 }
 
 
@@ -189,7 +410,7 @@ class Reply:
             "choices": [
                 {
                     "index": index,
-                    "message": {"role": "assistant", "content": "".join(choice.texts), "refusal": None},
+                    "message": _said(choice),
                     "logprobs": self._logprobs(choice.tokens),
                     "finish_reason": choice.finish_reason,
                 }
@@ -198,12 +419,18 @@ class Reply:
             "usage": usage(prompt_tokens, sum(choice.num_tokens for choice in choices)),
         }
 
-    def first(self, index: int) -> str:
+    def first(self, index: int) -> list[str]:
         """The chunk that says who speaks."""
-        return self._chunk(index, {"role": "assistant", "content": "", "refusal": None})
+        return [self._chunk(index, {"role": "assistant", "content": "", "refusal": None})]
 
     def piece(self, index: int, piece: Piece) -> str:
         return self._chunk(index, {"content": piece.text}, logprobs=self._logprobs(piece.tokens))
+
+    def call(self, index: int, place: int, call: Call) -> list[str]:
+        """The chunks of an answer's call number `place`: its name, then its arguments."""
+        head = {"index": place, "id": call.id, "type": "function", "function": {"name": call.name, "arguments": ""}}
+        rest = {"index": place, "function": {"arguments": call.arguments}}
+        return [self._chunk(index, {"tool_calls": [head]}), self._chunk(index, {"tool_calls": [rest]})]
 
     def last(self, index: int, end: End) -> str:
         return self._chunk(index, {}, finish_reason=end.finish_reason)
@@ -238,20 +465,108 @@ class Reply:
 
 
 @dataclass
+class TextReply:
+    """What the replies to one request to the older route have in common."""
+
+    id: str
+    created: int
+    model: str
+    speller: Speller
+    num_top: int | None
+    """None where no log-probabilities are wanted."""
+    include_usage: bool = False
+    offsets: dict[int, int] = field(default_factory=dict)
+    """For each choice, where in prompt and answer the next token's text begins."""
+
+    def whole(self, choices: list[Choice], prompt_tokens: int) -> dict[str, Any]:
+        shown = [
+            self._choice(index, "".join(choice.texts), choice.tokens, choice.finish_reason)
+            for index, choice in enumerate(choices)
+        ]
+        counted = usage(prompt_tokens, sum(choice.num_tokens for choice in choices))
+        return {**self._common(), "choices": shown, "usage": counted}
+
+    def first(self, _index: int) -> list[str]:
+        """Nobody is said to speak here."""
+        return []
+
+    def piece(self, index: int, piece: Piece) -> str:
+        return self._chunk([self._choice(index, piece.text, piece.tokens, None)])
+
+    def call(self, _index: int, _place: int, _call: Call) -> list[str]:
+        raise AssertionError("there are no tools on this route")
+
+    def last(self, index: int, end: End) -> str:
+        return self._chunk([self._choice(index, "", [], end.finish_reason)])
+
+    def usage(self, prompt_tokens: int, completion_tokens: int) -> str:
+        return event({**self._common(), "choices": [], "usage": usage(prompt_tokens, completion_tokens)})
+
+    def _chunk(self, choices: list[dict[str, Any]]) -> str:
+        shown = {**self._common(), "choices": choices}
+        return event({**shown, "usage": None} if self.include_usage else shown)
+
+    def _common(self) -> dict[str, Any]:
+        return {"id": self.id, "object": "text_completion", "created": self.created, "model": self.model}
+
+    def _choice(self, index: int, text: str, tokens: Sequence[Token], finish_reason: str | None) -> dict[str, Any]:
+        logprobs = None if self.num_top is None else self._logprobs(index, tokens)
+        return {"index": index, "text": text, "logprobs": logprobs, "finish_reason": finish_reason}
+
+    def _logprobs(self, index: int, tokens: Sequence[Token]) -> dict[str, Any]:
+        """The older form: lists side by side. The first token of an echoed prompt has no log-probability."""
+        offset = self.offsets.get(index, 0)
+        texts = [self.speller.spell(token.id)[0] for token in tokens]
+        offsets = []
+        for token, text in zip(tokens, texts, strict=True):
+            offsets.append(offset)
+            offset += len(token.text or text) if not text.startswith("bytes:") else len(token.text)
+        self.offsets[index] = offset
+        return {
+            "tokens": texts,
+            "token_logprobs": [None if math.isnan(token.logprob) else max(token.logprob, UNLIKELY) for token in tokens],
+            "top_logprobs": [self._top(token) for token in tokens] if self.num_top else None,
+            "text_offset": offsets,
+        }
+
+    def _top(self, token: Token) -> dict[str, float] | None:
+        if math.isnan(token.logprob):
+            return None
+        best = {**dict(token.top), token.id: token.logprob}
+        return {self.speller.spell(one)[0]: max(logprob, UNLIKELY) for one, logprob in best.items()}
+
+
+@dataclass
 class Choice:
     """One answer while it is collected."""
 
     texts: list[str] = field(default_factory=list)
     tokens: list[Token] = field(default_factory=list)
+    calls: list[Call] = field(default_factory=list)
     finish_reason: str = ""
     num_tokens: int = 0
 
-    def add(self, event: Piece | End) -> None:
+    def add(self, event: Piece | Call | End) -> None:
         if isinstance(event, Piece):
             self.texts.append(event.text)
             self.tokens += event.tokens
+        elif isinstance(event, Call):
+            self.calls.append(event)
         else:
             self.finish_reason, self.num_tokens = event.finish_reason, event.num_tokens
+
+
+def _said(choice: Choice) -> dict[str, Any]:
+    """An assistant's message."""
+    text = "".join(choice.texts)
+    said: dict[str, Any] = {"role": "assistant", "content": text, "refusal": None}
+    if choice.calls:
+        calls = [
+            {"id": one.id, "type": "function", "function": {"name": one.name, "arguments": one.arguments}}
+            for one in choice.calls
+        ]
+        said |= {"content": text or None, "tool_calls": calls}
+    return said
 
 
 def usage(prompt_tokens: int, completion_tokens: int) -> dict[str, int]:
@@ -260,6 +575,16 @@ def usage(prompt_tokens: int, completion_tokens: int) -> dict[str, int]:
         "completion_tokens": completion_tokens,
         "total_tokens": prompt_tokens + completion_tokens,
     }
+
+
+def no_embeddings(name: str) -> ApiError:
+    return ApiError(
+        400,
+        f"The model '{name}' makes no embeddings: it is a causal language model, and its hidden states were not "
+        "trained to be compared.",
+        param="model",
+        code="unsupported_model",
+    )
 
 
 def model_card(name: str, created: int) -> dict[str, Any]:

@@ -21,12 +21,15 @@ from tunewright.server import (
     accounts,
     admission,
     arm,
+    batches,
+    chat,
     files,
     jobs,
     management,
     metrics,
     models,
     moderations,
+    responses,
     web,
 )
 from tunewright.server.limits import BodyLimit
@@ -48,8 +51,9 @@ def create_app(server: Server) -> FastAPI:
 
     @contextlib.asynccontextmanager
     async def lifespan(_app: FastAPI) -> AsyncIterator[None]:
-        async with _background(server):
+        async with _background(server), batches.working(server):
             yield
+        await server.engines.aclose()
         server.close()
 
     app = FastAPI(
@@ -93,7 +97,15 @@ def ready(request: Request) -> Response:
     return JSONResponse({"status": "the database does not answer"}, 503)
 
 
-ROUTERS: tuple[APIRouter, ...] = (files.router, jobs.router, models.router, moderations.router)
+ROUTERS: tuple[APIRouter, ...] = (
+    chat.router,  # routes are tried in their order, and these are asked a thousand times as often as the others
+    responses.router,
+    files.router,
+    jobs.router,
+    models.router,
+    batches.router,
+    moderations.router,
+)
 
 
 @contextlib.asynccontextmanager

@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 from tunewright.server import filter as filters
 from tunewright.server.blobs import Blobs
+from tunewright.server.engines import Answers, Engines
 from tunewright.server.fresh import Fresh
 from tunewright.server.keys import Keyring
 from tunewright.server.metrics import Metrics
@@ -31,6 +32,10 @@ class Settings:
     filter: str = "words"
     """The content filter's classifier: words, the URL of a /moderations, or `package.module:name`."""
     log_format: Literal["text", "json"] = "text"
+    engines: int = 2
+    """Processes with weights at once."""
+    engine_idle_s: float = 900.0
+    """How long one stays that nobody asks."""
 
     @property
     def database_url(self) -> str:
@@ -58,6 +63,7 @@ class Server:
     store: Store
     blobs: Blobs
     keyring: Keyring
+    engines: Answers
     classifier: filters.Classifier
     metrics: Metrics
     usage: Usage
@@ -73,7 +79,10 @@ class Server:
         judge = filters.classifier(settings.filter)
         store = Store(settings.prepared().database_url)
         blobs = Blobs(settings.files_url, settings.data / "cache")
-        return cls(settings, store, blobs, Keyring(store), judge, Metrics(store), Usage(store))
+        engines = Engines(settings.data / "engines", most=settings.engines, idle_s=settings.engine_idle_s)
+        metrics = Metrics(store)
+        metrics.engines.set_function(lambda: len(engines.running()))
+        return cls(settings, store, blobs, Keyring(store), engines, judge, metrics, Usage(store))
 
     def close(self) -> None:
         self.store.close()

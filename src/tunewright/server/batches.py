@@ -1,0 +1,453 @@
+"""Batches: files of requests, answered one after another by the code that answers requests over HTTP.
+
+The server itself works on them, beside what it does for waiting clients; an engine takes turns between both. Who works
+on a batch renews its claim; one that is no longer renewed goes to the next server. Answers are written to a file beside
+the data as they come, so that whoever goes on with a batch on this machine begins behind the last of them.
+
+Requests of a batch are not counted against a deployment's quota for a minute, as on OpenAI's.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import logging
+import os
+import secrets
+import socket
+import time
+from collections.abc import AsyncIterator, Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from fastapi import APIRouter, Request
+from pydantic import Field
+from sqlalchemy import insert, or_, select, update
+
+from tunewright.endpoint.shapes import ApiError, Part
+from tunewright.server import files, store, tables, web
+from tunewright.server.chat import KINDS, let_in
+from tunewright.server.jobs import Metadata
+from tunewright.server.keys import Key
+from tunewright.server.state import Server
+from tunewright.server.store import new_id, now
+from tunewright.server.web import After, Caller, Inference, Limit20
+
+logger = logging.getLogger("tunewright.server")
+
+POLL_S = 1.0
+STALE_S = 30.0
+"""A claim that nobody has renewed for so long is given to the next server."""
+DAY_S = 86400
+"""How long a batch may take: the one window that there is."""
+LINES = 50_000
+"""Requests in a batch at most, as OpenAI has it."""
+RETRIES = 3
+"""How often a request is tried whose engine ended."""
+WORKED_ON = ("validating", "in_progress", "finalizing", "cancelling")
+
+router = APIRouter(tags=["batches"])
+
+
+class OutputExpires(Part):
+    anchor: Literal["created_at"]
+    seconds: int = Field(ge=3600, le=2592000)
+
+
+class BatchIn(Part):
+    input_file_id: str = Field(min_length=1, max_length=128)
+    endpoint: Literal["/v1/chat/completions", "/v1/completions"]
+    completion_window: Literal["24h"]
+    metadata: Metadata | None = None
+    output_expires_after: OutputExpires | None = None
+
+
+@router.post("/batches")
+def create_batch(request: Request, caller: Inference, wanted: BatchIn) -> dict[str, Any]:
+    server = web.server(request)
+    found = files.find(server, wanted.input_file_id, param="input_file_id")
+    if found["purpose"] != "batch":
+        raise ApiError(
+            400,
+            f"Invalid 'input_file_id': '{wanted.input_file_id}' was uploaded with purpose '{found['purpose']}'; a "
+            "batch needs 'batch'.",
+            param="input_file_id",
+            code="invalid_file_purpose",
+        )
+    row: dict[str, Any] = {
+        "id": new_id("batch_"),
+        "created_at": now(),
+        "key_id": caller.key.id,
+        "endpoint": wanted.endpoint,
+        "input_file_id": wanted.input_file_id,
+        "status": "validating",
+        "metadata": wanted.metadata,
+        "counts": {"total": 0, "completed": 0, "failed": 0},
+        "times": {"expires_at": now() + DAY_S},
+    }
+    with server.store.begin() as connection:
+        connection.execute(insert(tables.batches).values(**row))
+    return shape(_find(server, row["id"]))
+
+
+@router.get("/batches")
+def list_batches(request: Request, _caller: Inference, after: After = None, limit: Limit20 = 20) -> dict[str, Any]:
+    with web.server(request).store.begin() as connection:
+        query = select(tables.batches)
+        return web.listed(connection, query, tables.batches, shape, after=after, limit=limit, what="batch")
+
+
+@router.get("/batches/{batch_id}")
+def retrieve_batch(request: Request, _caller: Inference, batch_id: str) -> dict[str, Any]:
+    return shape(_find(web.server(request), batch_id))
+
+
+@router.post("/batches/{batch_id}/cancel")
+def cancel_batch(request: Request, _caller: Inference, batch_id: str) -> dict[str, Any]:
+    """What has been answered by now is in the output file."""
+    server = web.server(request)
+    table = tables.batches
+    _find(server, batch_id)
+    with server.store.begin() as connection:
+        found = store.row(connection, table, id=batch_id)
+        assert found is not None, "batches are never deleted"
+        if found["status"] not in WORKED_ON:
+            raise ApiError(
+                400, f"The batch '{batch_id}' is {found['status']} already.", param="batch_id", code="invalid_value"
+            )
+        if found["status"] in ("validating", "in_progress"):
+            times = found["times"] | {"cancelling_at": now()}
+            connection.execute(update(table).where(table.c.id == batch_id).values(status="cancelling", times=times))
+    return shape(_find(server, batch_id))
+
+
+def shape(batch: dict[str, Any]) -> dict[str, Any]:
+    """A batch as clients see it."""
+    times = batch["times"]
+    moments = ("in_progress", "expires", "finalizing", "completed", "failed", "expired", "cancelling", "cancelled")
+    return {
+        "id": batch["id"],
+        "object": "batch",
+        "endpoint": batch["endpoint"],
+        "errors": batch["errors"],
+        "input_file_id": batch["input_file_id"],
+        "completion_window": "24h",
+        "status": batch["status"],
+        "output_file_id": batch["output_file_id"],
+        "error_file_id": batch["error_file_id"],
+        "created_at": batch["created_at"],
+        **{f"{moment}_at": times.get(f"{moment}_at") for moment in moments},
+        "request_counts": batch["counts"],
+        "metadata": batch["metadata"],
+    }
+
+
+@contextlib.asynccontextmanager
+async def working(server: Server) -> AsyncIterator[None]:
+    """Work on batches until the end of the block; what is being worked on then is given back."""
+    task = asyncio.create_task(_work(server))
+    try:
+        yield
+    finally:
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+
+
+async def _work(server: Server) -> None:
+    name = f"{socket.gethostname()}:{os.getpid()}:{secrets.token_hex(4)}"
+    while True:
+        try:
+            batch = await asyncio.to_thread(claim, server, name)
+            if batch is not None:
+                await Work(server, batch, name).run()
+                continue
+        except Exception:  # the database is away, say: later perhaps not
+            logger.exception("batches cannot be worked on")
+        await asyncio.sleep(POLL_S)
+
+
+def claim(server: Server, worker: str) -> dict[str, Any] | None:
+    """Take the oldest batch that nobody has. None where there is none."""
+    table = tables.batches
+    at = time.time()
+    free = or_(table.c.claimed_by.is_(None), table.c.heartbeat_at < at - STALE_S)
+    with server.store.begin() as connection:
+        waiting = select(table.c.number).where(table.c.status.in_(WORKED_ON), free).order_by(table.c.number).limit(1)
+        chosen = waiting.with_for_update(skip_locked=True).scalar_subquery()
+        take = update(table).where(table.c.number == chosen).values(claimed_by=worker, heartbeat_at=at)
+        found = connection.execute(take.returning(*table.c)).mappings().first()
+    return dict(found) if found is not None else None
+
+
+class Lost(Exception):
+    """Another server has the batch."""
+
+
+@dataclass
+class Work:
+    """One batch, claimed."""
+
+    server: Server
+    batch: dict[str, Any]
+    worker: str
+    cancelled: bool = False
+    lost: bool = False
+    counts: dict[str, int] = field(default_factory=dict)
+
+    async def run(self) -> None:
+        """Take the batch to its end, whatever that is."""
+        self.cancelled = self.batch["status"] == "cancelling"
+        renewing = asyncio.create_task(self._renew())
+        try:
+            await self._steps()
+        except Lost:
+            logger.warning("batch %s was taken by another server", self.batch["id"])
+        except Exception:  # or one broken batch would keep the others waiting for ever
+            logger.exception("batch %s", self.batch["id"])
+            with contextlib.suppress(Lost):
+                await self._fail([_problem("server_error", "The server had an error; its log has the reason.")])
+        except asyncio.CancelledError:  # the server stops: the next one goes on
+            with contextlib.suppress(Lost):
+                self._set(claimed_by=None)
+            raise
+        finally:
+            renewing.cancel()
+            await asyncio.gather(renewing, return_exceptions=True)
+
+    async def _steps(self) -> None:
+        found = await asyncio.to_thread(self._check)
+        if isinstance(found, list):
+            await self._fail(found)
+            return
+        caller = await asyncio.to_thread(self._caller)
+        done = await asyncio.to_thread(self._answered)
+        self.counts = {"total": found, "completed": 0, "failed": 0}
+        for one in done.values():
+            self.counts["completed" if one else "failed"] += 1
+        if self.batch["status"] == "validating":
+            await self._move("in_progress", since="validating")
+        expired = False
+        for line in await asyncio.to_thread(lambda: list(self._lines())):
+            if self.lost:
+                raise Lost
+            if self.cancelled or (expired := self.batch["times"]["expires_at"] <= now()):
+                break
+            asked = json.loads(line)
+            if asked["custom_id"] in done:
+                continue
+            kept = await self._answer(caller, asked)
+            ok = kept["error"] is None and kept["response"]["status_code"] == 200
+            self.counts["completed" if ok else "failed"] += 1
+            await asyncio.to_thread(self._write, kept)
+        await self._finish("cancelled" if self.cancelled else "expired" if expired else "completed")
+
+    async def _answer(self, caller: Caller, asked: dict[str, Any]) -> dict[str, Any]:
+        """One request's line of the output."""
+        request_id = f"req_{secrets.token_hex(16)}"
+        raw = json.dumps(asked["body"]).encode()
+        status, body = 500, {}
+        for tried in range(RETRIES):
+            try:
+                job = await let_in(self.server, caller, KINDS[self.batch["endpoint"]], raw, metered=False)
+                if job.wanted.stream:
+                    raise ApiError(400, "A batch is not streamed.", param="stream", code="invalid_value")
+                status, body = 200, await job.reply()
+            except ApiError as error:
+                status, body = error.status, error.body
+            if status != 503 or tried == RETRIES - 1:
+                break
+            await asyncio.sleep(POLL_S)
+        response = {"status_code": status, "request_id": request_id, "body": body}
+        return {"id": f"batch_{request_id}", "custom_id": asked["custom_id"], "response": response, "error": None}
+
+    async def _finish(self, status: str) -> None:
+        """Put the answers into files; the batch is over."""
+        if not self.cancelled and self.batch["status"] != "finalizing":
+            await self._move("finalizing", since="in_progress")
+        if self.cancelled:
+            status = "cancelled"
+        good, bad = await asyncio.to_thread(self._keep_files)
+        times = self.batch["times"] | {f"{status}_at": now()}
+        ended = {"status": status, "times": times, "counts": self.counts, "claimed_by": None}
+        await asyncio.to_thread(lambda: self._set(output_file_id=good, error_file_id=bad, **ended))
+        self._spool.unlink(missing_ok=True)
+
+    async def _fail(self, problems: list[dict[str, Any]]) -> None:
+        times = self.batch["times"] | {"failed_at": now()}
+        errors = {"object": "list", "data": problems}
+        ended = {"status": "failed", "times": times, "errors": errors, "claimed_by": None}
+        await asyncio.to_thread(lambda: self._set(**ended))
+
+    async def _move(self, status: str, *, since: str) -> None:
+        """From one status to the next, unless somebody has cancelled the batch meanwhile."""
+        times = self.batch["times"] | {f"{status}_at": now()}
+        values = {"status": status, "times": times, "counts": dict(self.counts)}
+        try:
+            await asyncio.to_thread(lambda: self._set(tables.batches.c.status == since, **values))
+        except Lost:
+            await asyncio.to_thread(self._look)
+            if not self.cancelled:
+                raise
+
+    async def _renew(self) -> None:
+        """Renew the claim, write down how far the batch is, and hear whether it was cancelled."""
+        while True:
+            try:
+                await asyncio.to_thread(self._look)
+            except Lost:
+                self.lost = True
+                return
+            except Exception:  # until the database is back the claim stands, as long as nobody else takes it
+                logger.exception("the claim of %s cannot be renewed", self.batch["id"])
+            await asyncio.sleep(POLL_S)
+
+    def _look(self) -> None:
+        """Raises:
+        Lost: the batch is no longer ours.
+        """
+        self._set(heartbeat_at=time.time(), **({"counts": dict(self.counts)} if self.counts else {}))
+        found = _find(self.server, self.batch["id"])
+        if found["status"] == "cancelling":
+            self.cancelled = True
+            self.batch["times"] = found["times"]
+
+    def _set(self, *where: Any, **values: Any) -> None:
+        """Write to the batch's row, while it is ours and as `where` says.
+
+        Raises:
+            Lost: it is no longer.
+        """
+        table = tables.batches
+        mine = update(table).where(table.c.id == self.batch["id"], table.c.claimed_by == self.worker, *where)
+        with self.server.store.begin() as connection:
+            if not connection.execute(mine.values(**values)).rowcount:
+                raise Lost
+        self.batch |= values
+
+    def _check(self) -> int | list[dict[str, Any]]:
+        """How many requests the file holds, or what is wrong with it."""
+        try:
+            files.find(self.server, self.batch["input_file_id"])
+        except ApiError:
+            return [_problem("invalid_file", "The input file was deleted.")]
+        problems: list[dict[str, Any]] = []
+        seen: set[str] = set()
+        count = 0
+        for number, line in enumerate(self._lines(), start=1):
+            count += 1
+            if count > LINES:
+                return [_problem("too_many_requests", f"The file has more than {LINES:,} requests.")]
+            said = _wrong(line, self.batch["endpoint"], seen)
+            if said is not None:
+                problems.append(_problem(*said, line=number))
+            if len(problems) == 50:
+                break
+        if not count:
+            return [_problem("empty_file", "The input file is empty.")]
+        return problems or count
+
+    def _lines(self) -> Iterator[bytes]:
+        with self.server.blobs.local(self.batch["input_file_id"]).open("rb") as file:
+            for line in file:
+                if line.strip():
+                    yield line.removeprefix(b"\xef\xbb\xbf")
+
+    def _caller(self) -> Caller:
+        """In whose name the requests are asked."""
+        with self.server.store.begin() as connection:
+            row = store.row(connection, tables.keys, id=self.batch["key_id"])
+        if row is None:
+            return Caller(Key(self.batch["key_id"], "", "inference", None), "openai")
+        return Caller(Key(row["id"], row["name"], row["scope"], row["expires_at"], row["account"]), "openai")
+
+    @property
+    def _spool(self) -> Path:
+        """Answers as they come: one line of the output each."""
+        folder = self.server.settings.data / "batches"
+        folder.mkdir(parents=True, exist_ok=True)
+        return folder / f"{self.batch['id']}.jsonl"
+
+    def _write(self, kept: dict[str, Any]) -> None:
+        with self._spool.open("a") as file:
+            file.write(json.dumps(kept) + "\n")
+
+    def _kept(self) -> Iterator[tuple[str, bool, bytes]]:
+        """Custom id, whether it went well, and line of each request that has been answered."""
+        if self._spool.exists():
+            whole = self._spool.read_bytes().rpartition(b"\n")[0]  # a line that was cut off is asked again
+            for line in whole.splitlines():
+                one = json.loads(line)
+                yield one["custom_id"], one["response"]["status_code"] == 200, line
+
+    def _answered(self) -> dict[str, bool]:
+        done = {custom_id: good for custom_id, good, _ in self._kept()}
+        if done:  # take away what was cut off
+            lines = b"".join(line + b"\n" for _, _, line in self._kept())
+            self._spool.write_bytes(lines)
+        else:
+            self._spool.unlink(missing_ok=True)
+        return done
+
+    def _keep_files(self) -> tuple[str | None, str | None]:
+        """The output file and the file of errors; None for one that would be empty."""
+        return self._keep_file(True, "output"), self._keep_file(False, "error")
+
+    def _keep_file(self, wanted: bool, what: str) -> str | None:
+        lines = (line + b"\n" for _, good, line in self._kept() if good == wanted)
+        first = next(lines, None)
+        if first is None:
+            return None
+        name = f"{self.batch['id']}_{what}.jsonl"
+        kept: str = files.keep(self.server, _behind(first, lines), name, "batch_output")["id"]
+        return kept
+
+
+def _behind(first: bytes, rest: Iterator[bytes]) -> Iterator[bytes]:
+    yield first
+    yield from rest
+
+
+def _wrong(line: bytes, endpoint: str, seen: set[str]) -> tuple[str, str, str | None] | None:
+    """What is wrong with a line: code, message, parameter."""
+    try:
+        asked = json.loads(line)
+    except ValueError:
+        return "invalid_json_line", "This line is not JSON.", None
+    if not isinstance(asked, dict):
+        return "invalid_json_line", "This line is not a JSON object.", None
+    checks: dict[str, Callable[[Any], bool]] = {
+        "custom_id": lambda value: isinstance(value, str) and bool(value),
+        "method": lambda value: value == "POST",
+        "url": lambda value: value == endpoint,
+        "body": lambda value: isinstance(value, dict),
+    }
+    for name, holds in checks.items():
+        if name not in asked:
+            return "missing_required_parameter", f"Missing required parameter: '{name}'.", name
+        if not holds(asked[name]):
+            wanted = {"method": "POST", "url": endpoint, "body": "an object", "custom_id": "a text"}[name]
+            return ("mismatched_endpoint" if name == "url" else "invalid_value"), f"'{name}' must be {wanted}.", name
+    if asked["custom_id"] in seen:
+        return (
+            "duplicate_custom_id",
+            f"The custom_id {asked['custom_id'][:64]!r} stands in another line too.",
+            "custom_id",
+        )
+    seen.add(asked["custom_id"])
+    return None
+
+
+def _problem(code: str, message: str, param: str | None = None, line: int | None = None) -> dict[str, Any]:
+    return {"code": code, "message": message, "param": param, "line": line}
+
+
+def _find(server: Server, batch_id: str) -> dict[str, Any]:
+    found = None
+    if batch_id.isprintable():  # PostgreSQL takes no NUL
+        with server.store.begin() as connection:
+            found = store.row(connection, tables.batches, id=batch_id)
+    if found is None:
+        raise web.not_found("batch", batch_id[:128], param="batch_id")
+    return found

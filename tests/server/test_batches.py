@@ -1,0 +1,217 @@
+"""Batches, driven by the unchanged `openai` SDK; the engines echo, so that every answer is known."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import openai
+import pytest
+from openai import OpenAI
+from serving import Models, Serving, make_models, serving
+from sqlalchemy import update
+
+from tunewright.endpoint.shapes import ApiError
+from tunewright.server import batches, tables
+from tunewright.testing import EchoEngines
+
+
+@pytest.fixture(scope="module")
+def known(tmp_path_factory: pytest.TempPathFactory) -> Models:
+    return make_models(tmp_path_factory.mktemp("models"))
+
+
+@pytest.fixture(autouse=True)
+def _quickly(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(batches, "POLL_S", 0.02)
+
+
+class Slow(EchoEngines):
+    """Answers so many requests, and then only when it is let go on."""
+
+    def __init__(self, quick: int = 0) -> None:
+        super().__init__()
+        self.quick = quick
+        self.begun = 0
+        self.go_on = threading.Event()
+
+    async def ask(self, target: Any, path: str, body: Mapping[str, Any]) -> dict[str, Any]:
+        self.begun += 1
+        while len(self.asked) >= self.quick and not self.go_on.is_set():
+            await asyncio.sleep(0.01)
+        return await super().ask(target, path, body)
+
+
+class Flaky(EchoEngines):
+    """Its first answer is that it has ended."""
+
+    async def ask(self, target: Any, path: str, body: Mapping[str, Any]) -> dict[str, Any]:
+        reply = await super().ask(target, path, body)
+        if len(self.asked) == 1:
+            raise ApiError(503, "The engine ended.", kind="server_error", code="engine_ended")
+        return reply
+
+
+@pytest.fixture
+def echo(known: Models, tmp_path: Path) -> Iterator[Serving]:
+    with serving(tmp_path, known, echo=EchoEngines()) as running:
+        yield running
+
+
+def line(custom_id: str, said: str, **change: Any) -> dict[str, Any]:
+    body = {"model": "base", "messages": [{"role": "user", "content": said}]}
+    return {"custom_id": custom_id, "method": "POST", "url": "/v1/chat/completions", "body": body, **change}
+
+
+def upload(client: OpenAI, lines: list[Any], purpose: Any = "batch") -> str:
+    text = "\n".join(one if isinstance(one, str) else json.dumps(one) for one in lines)
+    return client.files.create(file=("batch.jsonl", text.encode()), purpose=purpose).id
+
+
+def start(client: OpenAI, lines: list[Any], **options: Any) -> Any:
+    given: Any = {"endpoint": "/v1/chat/completions", "completion_window": "24h", **options}
+    return client.batches.create(input_file_id=upload(client, lines), **given)
+
+
+def wait(client: OpenAI, batch_id: str, *statuses: str) -> Any:
+    end = time.monotonic() + 30
+    while (batch := client.batches.retrieve(batch_id)).status not in statuses:
+        assert time.monotonic() < end, batch
+        time.sleep(0.02)
+    return batch
+
+
+def wait_for(condition: Callable[[], Any]) -> None:
+    end = time.monotonic() + 30
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.02)
+
+
+def lines_of(client: OpenAI, file_id: str) -> list[dict[str, Any]]:
+    return [json.loads(one) for one in client.files.content(file_id).text.splitlines()]
+
+
+def test_requests_are_answered_one_by_one_into_a_file(echo: Serving) -> None:
+    with echo.client() as client:
+        lines = [line("a", "one"), line("b", "two"), line("c", "x", body={"model": "gone", "messages": []})]
+        batch = start(client, lines, metadata={"who": "me"})
+        assert (batch.status, batch.object, batch.metadata) == ("validating", "batch", {"who": "me"})
+        done = wait(client, batch.id, "completed")
+        assert done.request_counts.to_dict() == {"total": 3, "completed": 2, "failed": 1}
+        assert done.expires_at == done.created_at + 86400
+        assert done.in_progress_at
+        assert done.finalizing_at
+        assert done.completed_at
+        answers = lines_of(client, done.output_file_id)
+        assert [one["custom_id"] for one in answers] == ["a", "b"]
+        assert answers[0]["response"]["status_code"] == 200
+        assert answers[0]["response"]["body"]["choices"][0]["message"]["content"] == "one"
+        [failed] = lines_of(client, done.error_file_id)
+        assert (failed["custom_id"], failed["response"]["status_code"]) == ("c", 400)
+        assert failed["response"]["body"]["error"]["param"] == "messages"
+        assert client.files.retrieve(done.output_file_id).purpose == "batch_output"
+        assert [one.id for one in client.batches.list()] == [batch.id]
+        assert not list((echo.server.settings.data / "batches").iterdir())
+
+
+def test_the_older_route_can_be_batched_too(echo: Serving) -> None:
+    with echo.client() as client:
+        asked = line("a", "", url="/v1/completions", body={"model": "ft:one", "prompt": "on"})
+        done = wait(client, start(client, [asked], endpoint="/v1/completions").id, "completed")
+        [answer] = lines_of(client, done.output_file_id)
+        assert answer["response"]["body"]["choices"][0]["text"] == "on"
+
+
+def test_a_file_that_is_wrong_fails_the_batch_with_its_lines(echo: Serving) -> None:
+    with echo.client() as client:
+        lines: list[Any] = ["{", "[1]", line("a", "x"), line("a", "y"), line("b", "x", url="/v1/completions")]
+        lines += [line("c", "x", method="GET"), {"custom_id": "d"}]
+        batch = wait(client, start(client, lines).id, "failed")
+        assert [(one.line, one.code) for one in batch.errors.data] == [
+            (1, "invalid_json_line"),
+            (2, "invalid_json_line"),
+            (4, "duplicate_custom_id"),
+            (5, "mismatched_endpoint"),
+            (6, "invalid_value"),
+            (7, "missing_required_parameter"),
+        ]
+        assert batch.failed_at
+
+
+def test_what_cannot_be_a_batch_is_refused(echo: Serving) -> None:
+    with echo.client() as client:
+        given: Any = {"endpoint": "/v1/chat/completions", "completion_window": "24h"}
+        with pytest.raises(openai.NotFoundError):
+            client.batches.create(input_file_id="file-none", **given)
+        other = upload(client, [line("a", "x")], purpose="fine-tune")
+        with pytest.raises(openai.BadRequestError, match="needs 'batch'"):
+            client.batches.create(input_file_id=other, **given)
+        with pytest.raises(openai.BadRequestError):
+            start(client, [line("a", "x")], endpoint="/v1/embeddings")
+        with pytest.raises(openai.NotFoundError):
+            client.batches.retrieve("batch_none")
+        done = wait(client, start(client, [line("a", "x")]).id, "completed")
+        with pytest.raises(openai.BadRequestError, match="completed already"):
+            client.batches.cancel(done.id)
+
+
+def test_a_cancelled_batch_keeps_what_was_answered(known: Models, tmp_path: Path) -> None:
+    slow = Slow(quick=2)
+    with serving(tmp_path, known, echo=slow) as served, served.client() as client:
+        batch = start(client, [line(str(number), "x") for number in range(5)])
+        wait_for(lambda: client.batches.retrieve(batch.id).request_counts.completed == 2)
+        assert client.batches.cancel(batch.id).status == "cancelling"
+        slow.go_on.set()
+        done = wait(client, batch.id, "cancelled")
+        assert done.cancelling_at
+        assert done.cancelled_at
+        assert 2 <= len(lines_of(client, done.output_file_id)) < 5
+
+
+def test_a_batch_goes_on_behind_its_last_answer_after_a_restart(known: Models, tmp_path: Path) -> None:
+    with serving(tmp_path, known, echo=Slow(quick=2)) as served, served.client() as client:
+        batch = start(client, [line(str(number), f"said {number}") for number in range(4)])
+        wait_for(lambda: client.batches.retrieve(batch.id).request_counts.completed == 2)
+    spool = tmp_path / "batches" / f"{batch.id}.jsonl"
+    spool.write_text(spool.read_text() + '{"custom_id": "2", "resp')  # as a server that was killed leaves it
+    again = EchoEngines()
+    with serving(tmp_path, known, echo=again, fill_again=False) as served, served.client() as client:
+        done = wait(client, batch.id, "completed")
+        assert done.request_counts.to_dict() == {"total": 4, "completed": 4, "failed": 0}
+        assert [one["custom_id"] for one in lines_of(client, done.output_file_id)] == ["0", "1", "2", "3"]
+        assert len(again.asked) == 2
+
+
+def test_an_engine_that_ended_is_asked_again(known: Models, tmp_path: Path) -> None:
+    with serving(tmp_path, known, echo=Flaky()) as served, served.client() as client:
+        done = wait(client, start(client, [line("a", "x")]).id, "completed")
+        assert done.request_counts.completed == 1
+
+
+def test_a_batch_that_another_server_took_is_left_alone(known: Models, tmp_path: Path) -> None:
+    slow = Slow()
+    with serving(tmp_path, known, echo=slow) as served, served.client() as client:
+        batch = start(client, [line("a", "x"), line("b", "x")])
+        wait_for(lambda: slow.begun)
+        with served.server.store.begin() as connection:
+            connection.execute(update(tables.batches).values(claimed_by="another", heartbeat_at=time.time()))
+        time.sleep(0.2)  # it hears of it with its next renewal
+        slow.go_on.set()
+        wait_for(lambda: slow.asked)
+        time.sleep(0.1)
+        assert client.batches.retrieve(batch.id).status == "in_progress"
+        assert len(slow.asked) == 1
+
+
+def test_a_batch_out_of_its_time_expires(echo: Serving, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(batches, "DAY_S", -1)
+    with echo.client() as client:
+        done = wait(client, start(client, [line("a", "x")]).id, "expired")
+        assert (done.output_file_id, done.request_counts.total) == (None, 1)
+        assert done.expired_at
