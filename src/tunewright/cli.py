@@ -337,9 +337,7 @@ def serve(
     """Serve the OpenAI and Azure OpenAI fine-tuning API, until Ctrl-C or SIGTERM."""
     from tunewright.server import process
 
-    settings = _settings(
-        data, database, files, sets, filter=filter, log_format=log_format.value, engines=engines
-    )
+    settings = _settings(data, database, files, sets, filter=filter, log_format=log_format.value, engines=engines)
     process.serve(settings, host=host, port=port, workers=workers)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 import os
 import re
@@ -25,7 +24,7 @@ from serving import Models, Serving, fill, make_models, serving
 
 from tunewright.endpoint.shapes import ApiError
 from tunewright.server import admission, keys
-from tunewright.server.admission import Admission, Route
+from tunewright.server.admission import Route
 from tunewright.server.state import Server, Settings
 from tunewright.testing import EchoEngines
 

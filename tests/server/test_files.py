@@ -14,9 +14,9 @@ from urllib.parse import urlsplit
 import openai
 import psutil
 import pytest
-from server_running import Running
 from sqlalchemy import update
 
+from server_running import Running
 from tunewright.server import files, tables
 
 ROWS = b'{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}\n' * 12
@@ -40,7 +40,9 @@ def form(*parts: tuple[str, str | None, bytes]) -> tuple[bytes, str]:
     lines = []
     for name, filename, value in parts:
         file = f'; filename="{filename}"' if filename is not None else ""
-        lines.append(f'--edge\r\nContent-Disposition: form-data; name="{name}"{file}\r\n\r\n'.encode() + value + b"\r\n")
+        lines.append(
+            f'--edge\r\nContent-Disposition: form-data; name="{name}"{file}\r\n\r\n'.encode() + value + b"\r\n"
+        )
     return b"".join(lines) + b"--edge--\r\n", "multipart/form-data; boundary=edge"
 
 
@@ -171,9 +173,7 @@ def test_an_upload_in_parts(served: Running) -> None:
     upload = client.uploads.create(bytes=3000, filename="big.jsonl", mime_type="text/jsonl", purpose="fine-tune")
     assert upload.status == "pending"
     parts = [client.uploads.parts.create(upload.id, data=whole[at : at + 1000]) for at in (0, 1000, 2000)]
-    done = client.uploads.complete(
-        upload.id, part_ids=[part.id for part in parts], md5=hashlib.md5(whole).hexdigest()
-    )
+    done = client.uploads.complete(upload.id, part_ids=[part.id for part in parts], md5=hashlib.md5(whole).hexdigest())
     assert done.status == "completed"
     assert done.file is not None
     assert client.files.content(done.file.id).read() == whole

@@ -28,7 +28,7 @@ def test_several_servers_start_at_once(open_server: Callable[[], Server], tmp_pa
     def start() -> None:
         try:
             found.append(Store(Settings(tmp_path / "data", database).prepared().database_url))
-        except Exception as error:
+        except Exception as error:  # noqa: BLE001 - a thread's is shown by the test
             found.append(error)
 
     threads = [threading.Thread(target=start) for _ in range(4)]
@@ -76,7 +76,7 @@ def test_a_writer_that_reads_first_can_still_write(open_server: Callable[[], Ser
                     connection.execute(select(tables.keys)).all()
                     row = {"id": new_id("key_"), "name": "n", "sha256": new_id(""), "scope": "admin", "created_at": 1}
                     connection.execute(insert(tables.keys).values(**row))
-        except Exception as error:
+        except Exception as error:  # noqa: BLE001 - a thread's is shown by the test
             errors.append(error)
 
     threads = [threading.Thread(target=write, args=(number,)) for number in range(4)]

@@ -20,9 +20,9 @@ import openai
 import psutil
 import pytest
 from safetensors import safe_open
-from server_running import Running
 from sqlalchemy import select
 
+from server_running import Running
 from tunewright.server import models, tables
 from tunewright.server.state import Server
 from tunewright.server.worker import CHECKING, TRAINING, Worker, results_csv
@@ -88,9 +88,7 @@ def upload(served: Running, rows: list[Any]) -> str:
 @pytest.mark.parametrize("database", ["sqlite"], indirect=True)
 def test_a_supervised_job_from_file_to_model(served: Running, base: str) -> None:
     client = served.client()
-    training, validation = (
-        upload(served, [talk(n) for n in range(start, start + 12)]) for start in (0, 100)
-    )
+    training, validation = (upload(served, [talk(n) for n in range(start, start + 12)]) for start in (0, 100))
     job = client.fine_tuning.jobs.create(
         model=base,
         training_file=training,
@@ -144,7 +142,9 @@ def test_a_supervised_job_from_file_to_model(served: Running, base: str) -> None
     assert (target.folder / "rendering.json").is_file()
     with safe_open(target.folder / "adapter_model.safetensors", "pt") as weights:
         assert len(weights.keys()) > 0
-    report = json.loads((served.server.settings.runs / run_of(served.server, job.id) / "evaluate/report.json").read_text())
+    report = json.loads(
+        (served.server.settings.runs / run_of(served.server, job.id) / "evaluate/report.json").read_text()
+    )
     assert report["rows"] == 12
     assert done.fine_tuned_model in [model.id for model in client.models.list()]
     assert client.models.delete(done.fine_tuned_model).deleted

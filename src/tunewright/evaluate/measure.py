@@ -44,7 +44,7 @@ def evaluate(run: Run, tracker: Tracker) -> None:
     recipe = run.recipe()
     checks = run.manifest("prepare")
     if not recipe.data.holds_out:
-        nothing = {"comparison": None, "comparisons": [], "must_beat": None, "metric": recipe.metric}
+        nothing: dict[str, Any] = {"comparison": None, "comparisons": [], "must_beat": None, "metric": recipe.metric}
         write_json(run.manifest_file("evaluate"), {"format": 1, "rows": 0, "models": {}, **nothing})
         return
     test = prepare.examples(run, "test")

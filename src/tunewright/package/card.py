@@ -61,7 +61,8 @@ def card(run: Run, recipe: Recipe) -> str:
         "",
         "## Limits",
         "",
-        ("Measured on the held-out rows above and nothing else. " if report["rows"] else "") + "What the base model gets wrong about the world, this "
+        ("Measured on the held-out rows above and nothing else. " if report["rows"] else "")
+        + "What the base model gets wrong about the world, this "
         "model may get wrong too. The base model's licence applies.",
     ]
     return "\n".join(lines) + "\n"

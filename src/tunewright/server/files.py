@@ -246,9 +246,7 @@ def keep(
         if not writer.size:
             raise ApiError(400, "The file is empty.", param="file", code="empty_file")
         if md5 is not None and md5.lower() != writer.md5:
-            raise ApiError(
-                400, f"The bytes have the MD5 {writer.md5}, not {md5}.", param="md5", code="invalid_value"
-            )
+            raise ApiError(400, f"The bytes have the MD5 {writer.md5}, not {md5}.", param="md5", code="invalid_value")
     row = {
         "id": file_id,
         "created_at": now(),
@@ -346,9 +344,7 @@ class _form:
 def _sent_file(form: FormData, name: str) -> UploadFile:
     sent = form.get(name)
     if sent is None:
-        raise ApiError(
-            400, f"Missing required parameter: '{name}'.", param=name, code="missing_required_parameter"
-        )
+        raise ApiError(400, f"Missing required parameter: '{name}'.", param=name, code="missing_required_parameter")
     if not isinstance(sent, UploadFile):
         raise ApiError(400, f"Invalid '{name}': send a file, with a file name.", param=name, code="invalid_type")
     return sent
@@ -376,7 +372,7 @@ def _expires_s(form: FormData) -> int | None:
 
 
 def _keep_part(server: Server, upload_id: str, sent: UploadFile) -> dict[str, Any]:
-    part = {"id": new_id("part_"), "created_at": now(), "upload_id": upload_id}
+    part: dict[str, Any] = {"id": new_id("part_"), "created_at": now(), "upload_id": upload_id}
     with server.blobs.writing(part["id"]) as writer:
         for chunk in _chunks(sent):
             writer.write(chunk)

@@ -138,7 +138,7 @@ def create_job(request: Request, caller: Training, wanted: JobIn) -> dict[str, A
     models.find_trainable(server, wanted.model)
     settings = method.get(method["type"]) or {}
     asked = settings.get("hyperparameters") or {}
-    job = {
+    job: dict[str, Any] = {
         "id": new_id("ftjob-"),
         "created_at": now(),
         "key_id": caller.key.id,
@@ -212,9 +212,7 @@ def delete_job(request: Request, _caller: Training, job_id: str) -> None:
     server = web.server(request)
     job = retrieve(server, job_id)
     if job["status"] not in FINAL:
-        raise ApiError(
-            400, f"Job '{job_id}' is {job['status']}; cancel it first.", param="id", code="job_not_finished"
-        )
+        raise ApiError(400, f"Job '{job_id}' is {job['status']}; cancel it first.", param="id", code="job_not_finished")
     with server.store.begin() as connection:
         connection.execute(delete(tables.jobs).where(tables.jobs.c.id == job_id))
 
@@ -403,8 +401,7 @@ def _without_null(given: Hyperparameters | None) -> dict[str, Any]:
             param=f"hyperparameters.{unknown[0]}",
             code="unknown_parameter",
         )
-    known = {key: value for key, value in given.model_dump(exclude_none=True).items() if key in type(given).model_fields}
-    return known
+    return {key: value for key, value in given.model_dump(exclude_none=True).items() if key in type(given).model_fields}
 
 
 def _all_auto(asked: dict[str, Any]) -> dict[str, Any]:
@@ -421,8 +418,8 @@ def _ask(server: Server, job_id: str, wanted: str, *, refused: tuple[str, ...]) 
         )  # fmt: skip
     table = tables.jobs
     values: dict[str, Any] = {"wanted": wanted}
-    idle = {
-        "run": {"status": "queued"},
+    idle: dict[str, Any] = {
+        "run": {"status": "validating_files"},
         "pause": {"status": "paused"},
         "cancel": {"status": "cancelled", "finished_at": now()},
     }[wanted]
@@ -431,6 +428,9 @@ def _ask(server: Server, job_id: str, wanted: str, *, refused: tuple[str, ...]) 
         unclaimed = connection.execute(
             update(table).where(*same, table.c.claimed_by.is_(None)).values(**values, **idle)
         )
+        checked = exists().where(tables.events.c.job_id == job_id, tables.events.c.what == "validated")
+        if wanted == "run":
+            connection.execute(update(table).where(*same, checked).values(status="queued"))
         if unclaimed.rowcount:
             message = {"run": "Job resumed", "pause": "Job paused", "cancel": "Job cancelled"}[wanted]
             say(connection, job_id, f"{wanted} {new_id('', size=6)}", message)

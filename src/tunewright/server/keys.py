@@ -120,7 +120,7 @@ def duration(text: str) -> int:
     Raises:
         EndpointError: it is none.
     """
-    found = re.fullmatch(r"(\d{1,6})([mhdw])", text)
+    found = re.fullmatch(r"([0-9]{1,6})([mhdw])", text)
     if not found or not int(found[1]):
         raise EndpointError(f"--expires {text}: not a duration such as 90m, 12h, 30d or 4w")
     return int(found[1]) * UNITS[found[2]]

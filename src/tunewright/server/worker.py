@@ -29,7 +29,6 @@ from typing import Any
 
 from sqlalchemy import and_, func, or_, select, update
 
-
 from tunewright import life
 from tunewright import recipe as recipes
 from tunewright import run as run_folders
@@ -39,7 +38,6 @@ from tunewright.life import Watcher
 from tunewright.recipe import Recipe
 from tunewright.run import Run
 from tunewright.server import files, jobs, models, store, tables
-from tunewright.server.models import Target
 from tunewright.server.state import Server
 from tunewright.server.store import new_id, now
 
@@ -298,9 +296,7 @@ def keep_checkpoints(server: Server, claimed: Claim, run: Run) -> None:
         prefix = "ftckpt_" if job["surface"] == "openai" else "ftchkpt-"
         row = {"id": new_id(prefix), "created_at": now(), "job_id": job["id"], "model": name, "step": step}
         with server.store.begin() as connection:
-            models.record(
-                connection, name, job_id=job["id"], start=start, folder=str(kept), kind=kind, checkpoint=True
-            )
+            models.record(connection, name, job_id=job["id"], start=start, folder=str(kept), kind=kind, checkpoint=True)
             connection.execute(tables.checkpoints.insert().values(**row, metrics=_at_step(run, step)))
             jobs.say(connection, job["id"], f"checkpoint {step}", f"Checkpoint created at step {step}")
             over = _beyond(connection, job["id"])
@@ -484,7 +480,11 @@ def _explained(job: dict[str, Any], error: Exception) -> tuple[str, str | None, 
         return "invalid_training_file", "training_file", message
     if isinstance(error, RecipeError):
         return "invalid_hyperparameters", "hyperparameters", message
-    return ("model_not_available", "model", message) if isinstance(error, ModelError) else ("training_failed", None, message)
+    return (
+        ("model_not_available", "model", message)
+        if isinstance(error, ModelError)
+        else ("training_failed", None, message)
+    )
 
 
 def _named(file_id: str) -> Callable[[re.Match[str]], str]:
@@ -492,7 +492,7 @@ def _named(file_id: str) -> Callable[[re.Match[str]], str]:
 
 
 def results_csv(run: Run, *, azure: bool) -> str:
-    """The training log as OpenAI's or Azure's results.csv: a line for each logged step; what was not measured is empty."""
+    """The training log as OpenAI's or Azure's results.csv: a line for each logged step."""
     names = {
         "step": "step",
         "loss": "train_loss",
@@ -550,7 +550,9 @@ def _beyond(connection: Any, job_id: str) -> list[str]:
     """Forget a job's oldest checkpoints beyond those that are kept; gives their folders."""
     table = tables.checkpoints
     names = list(
-        connection.execute(select(table.c.model).where(table.c.job_id == job_id).order_by(table.c.step.desc())).scalars()
+        connection.execute(
+            select(table.c.model).where(table.c.job_id == job_id).order_by(table.c.step.desc())
+        ).scalars()
     )[KEPT_CHECKPOINTS:]
     old = tables.models.c.id.in_(names)
     folders = list(connection.execute(select(tables.models.c.folder).where(old)).scalars())
@@ -561,7 +563,9 @@ def _beyond(connection: Any, job_id: str) -> list[str]:
 
 def _link_weights(checkpoint: Path, target: Path) -> None:
     """A checkpoint's weights without its optimizer's state."""
-    weights = [path for path in checkpoint.iterdir() if path.suffix == ".safetensors" or path.name.endswith("config.json")]
+    weights = [
+        path for path in checkpoint.iterdir() if path.suffix == ".safetensors" or path.name.endswith("config.json")
+    ]
     fresh = target.with_name(f".{target.name}.new")
     shutil.rmtree(fresh, ignore_errors=True)
     fresh.mkdir(parents=True)
@@ -603,7 +607,7 @@ def _epochs(rows: int) -> int:
 
 
 def _batch_size(rows: int) -> int:
-    """A five-hundredth of the examples, as OpenAI has it, but at least 4 for a small set, so that a step is no guess."""
+    """A five-hundredth of the examples, as OpenAI has it; 4 for a small set, so that a step is no guess."""
     return int(max(1, min(256, max(rows // 500, min(4, rows // 10)))))
 
 
@@ -613,7 +617,7 @@ def _whole(value: float) -> float | int:
 
 def _multiplier(recipe: Recipe, resolved: dict[str, Any]) -> float:
     usual = recipes.default_rate(recipe.task, resolved["train"]["method"])
-    return round(resolved["learning_rate"] / usual, 6)
+    return float(round(resolved["learning_rate"] / usual, 6))
 
 
 def _count_lines(path: Path) -> int:
