@@ -120,6 +120,10 @@ JSON = '{"name": "weather", "arguments": {"city": "Ghent"}}'
         ('Call: {"name": "weather", "argu', 'Call: {"name": "weather", "argu', []),
         ("<tool_call>{nonsense}</tool_call>", "<tool_call>{nonsense}</tool_call>", []),
         ("[1, 2]\n", "[1, 2]\n", []),
+        ('{"name": [], "arguments": {}}', '{"name": [], "arguments": {}}', []),
+        ('{"name": "time", "arguments": {"zone": NaN}}', '{"name": "time", "arguments": {"zone": NaN}}', []),
+        ('{"name": "time", "arguments": "nonsense"}', '{"name": "time", "arguments": "nonsense"}', []),
+        ('{"type": "function", "function": {"name": "time", "arguments": {}}}', "", [("time", {})]),
         ("", "", []),
     ],
 )
