@@ -120,6 +120,10 @@ JSON = '{"name": "weather", "arguments": {"city": "Ghent"}}'
         ('Call: {"name": "weather", "argu', 'Call: {"name": "weather", "argu', []),
         ("<tool_call>{nonsense}</tool_call>", "<tool_call>{nonsense}</tool_call>", []),
         ("[1, 2]\n", "[1, 2]\n", []),
+        ('{"name": [], "arguments": {}}', '{"name": [], "arguments": {}}', []),
+        ('{"name": "time", "arguments": {"zone": NaN}}', '{"name": "time", "arguments": {"zone": NaN}}', []),
+        ('{"name": "time", "arguments": "nonsense"}', '{"name": "time", "arguments": "nonsense"}', []),
+        ('{"type": "function", "function": {"name": "time", "arguments": {}}}', "", [("time", {})]),
         ("", "", []),
     ],
 )
@@ -293,7 +297,7 @@ def test_tools_that_cannot_be_called_are_refused(client: OpenAI, change: dict[st
 def test_a_template_that_knows_no_tools_says_so() -> None:
     serving = serve(UNKNOWING)
     client = next(serving)
-    with pytest.raises(openai.BadRequestError, match="does not write the row's `tools`") as caught:
+    with pytest.raises(openai.BadRequestError, match="does not write `tools`") as caught:
         client.chat.completions.create(model="tiny", messages=ASK, tools=TOOLS)
     assert caught.value.param == "tools"
     serving.close()

@@ -117,6 +117,8 @@ def test_every_route_wants_a_key_and_a_model_that_exists(echo: Serving, path: st
     assert (without.status_code, without.json()["error"]["code"]) == (400, "missing_required_parameter")
     for broken in (b"", b"{", b"[1]", b"\xff"):
         assert post(echo, path, broken).status_code == 400
+    large = post(echo, path, b"x" * (20 << 20))
+    assert (large.status_code, large.json()["error"]["code"]) == (413, "request_too_large")
 
 
 def test_an_inference_key_is_enough(echo: Serving) -> None:

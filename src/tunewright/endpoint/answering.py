@@ -121,7 +121,8 @@ def _chat_ask(served: Served, wanted: ChatRequest) -> Ask:
         prompt = served.prompt(wanted.conversation, () if wanted.tool_choice == "none" else wanted.tool_dicts)
     except DataError as error:
         param = "tools" if wanted.tools and "`tools`" in str(error) else "messages"
-        raise invalid(param, f"Invalid '{param}': {error}.") from None
+        said = str(error).replace("the row's `tools`", "`tools`")  # it speaks of training data elsewhere
+        raise invalid(param, f"Invalid '{param}': {said}.") from None
     ask = replace(ask, prompt=prompt, guide=_guide(served, wanted, toolbox))
     _check_room(served, len(prompt), served.needed(ask), "messages")
     return ask

@@ -29,7 +29,13 @@ MARKS = ("<tool_call>", "Call:")
 ENDS = ("</tool_call>", "]", ";", ",")
 """What may stand behind a call and says nothing."""
 PROBES = ("tool_probe_one", "tool_probe_two")
-DECODER = json.JSONDecoder()
+
+
+def _no_json(constant: str) -> None:
+    raise ValueError(f"{constant} is Python's, not JSON's")
+
+
+DECODER = json.JSONDecoder(parse_constant=_no_json)
 
 
 @dataclass(frozen=True)
@@ -234,13 +240,13 @@ class Reader:
     def _call(self, value: Any) -> Call | None:
         if isinstance(value, dict) and isinstance(value.get("function"), dict):
             value = value["function"]
-        if not isinstance(value, dict) or value.get("name") not in self._names:
+        if not isinstance(value, dict) or not isinstance(value.get("name"), str) or value["name"] not in self._names:
             return None
         given = next((value[key] for key in ARGUMENTS if key in value), None)
         if isinstance(given, str):  # some write the arguments as text once more
             try:
-                given = json.loads(given)
-            except ValueError:
+                given = DECODER.decode(given)
+            except (ValueError, RecursionError):
                 return None
         if not isinstance(given, dict):
             return None

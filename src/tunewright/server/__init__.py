@@ -5,7 +5,10 @@
     jobs         fine-tuning jobs as clients see them: create, list, events, checkpoints, cancel, pause
     worker       where jobs happen: claims one, and asks `life.advance` for its run
     models       base models by the names that clients send, tuned models, checkpoints
-    chat         completions of all kinds, passed on to an engine
+    chat         completions of both kinds, passed on to an engine
+    responses    the same in OpenAI's newer form, with what was said before
+    batches      files of requests, answered beside those of waiting clients
+    admission    what a name in a request leads to, and on which terms
     engines      a child process for each base model, which serves it and all its adapters
     admission    what is before an engine: which model answers to a name, its quota, its filter; usage by key
     quota        tokens and requests a minute for each deployment

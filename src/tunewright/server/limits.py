@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 from collections.abc import Callable
 
 from fastapi.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from tunewright.endpoint.shapes import ApiError
+
+DISCARDED = 64 << 20
+DISCARD_S = 5.0
+"""Bytes of a refused body that are read, and for how long: many clients look for an answer when they have sent all of
+it, and would see no more than a connection that was cut off."""
 
 
 class BodyLimit:
@@ -29,7 +36,9 @@ class BodyLimit:
         said = next((value for name, value in scope["headers"] if name == b"content-length"), b"")
         if said.isdigit() and int(said) > most:
             error = too_large(most)
-            # The body is not read: the connection cannot be used again.
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(_discard(receive), DISCARD_S)
+            # What is left of the body is not read: the connection cannot be used again.
             await JSONResponse(error.body, error.status, {"connection": "close"})(scope, receive, send)
             return
         taken = 0
@@ -51,3 +60,12 @@ def too_large(most: int) -> ApiError:
         f"The body of the request is larger than {most / (1 << 20):,.0f} MB, the most that is taken here.",
         code="request_too_large",
     )
+
+
+async def _discard(receive: Receive) -> None:
+    taken = 0
+    while taken < DISCARDED:
+        message = await receive()
+        taken += len(message.get("body", b""))
+        if not message.get("more_body", False):
+            return
