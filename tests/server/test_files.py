@@ -98,7 +98,12 @@ def test_a_file_expires(served: Running) -> None:
 
 @pytest.mark.parametrize(
     ("name", "shown"),
-    [("../../etc/passwd", "passwd"), ("..\\..\\boot.ini", "boot.ini"), ("a\tb.jsonl", "a_b.jsonl"), ("/", "file")],
+    [
+        ("../../etc/passwd", "passwd"),
+        ("..\\..\\boot.ini", "boot.ini"),
+        ("na\u00efve \u4f60.jsonl", "na\u00efve \u4f60.jsonl"),
+        ("/", "file"),
+    ],
 )
 def test_names_stay_names(served: Running, name: str, shown: str) -> None:
     made = served.client().files.create(file=(name, ROWS), purpose="fine-tune")

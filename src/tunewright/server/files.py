@@ -325,13 +325,14 @@ class _form:
     """
 
     def __init__(self, request: Request, *, files: int) -> None:
-        self._opened = request.form(max_files=files, max_fields=16)
         self._request = request
+        self._files = files
 
     async def __aenter__(self) -> FormData:
         kind = self._request.headers.get("content-type", "")
         if not kind.lower().startswith("multipart/form-data"):
             raise ApiError(400, "Send the file as multipart/form-data.", code="invalid_content_type")
+        self._opened = self._request.form(max_files=self._files, max_fields=16)
         try:
             return await self._opened.__aenter__()
         except HTTPException as error:

@@ -41,7 +41,7 @@ class BodyLimit:
             # What is left of the body is not read: the connection cannot be used again.
             await JSONResponse(error.body, error.status, {"connection": "close"})(scope, receive, send)
             return
-        taken = 0
+        taken, begun = 0, False
 
         async def counted() -> Message:
             nonlocal taken
@@ -51,7 +51,17 @@ class BodyLimit:
                 raise too_large(most)
             return message
 
-        await self.app(scope, counted, send)
+        async def judged(message: Message) -> None:
+            nonlocal begun
+            if taken > most and not begun:  # whatever whoever read the body made of it
+                error = too_large(most)
+                begun = True
+                await JSONResponse(error.body, error.status, {"connection": "close"})(scope, receive, send)
+            elif taken <= most:
+                begun = True
+                await send(message)
+
+        await self.app(scope, counted, judged)
 
 
 def too_large(most: int) -> ApiError:
