@@ -64,7 +64,19 @@ def postgres() -> Iterator[str]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-@pytest.fixture(params=["sqlite", "postgresql"])
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """Every test of the server runs on both databases, on PostgreSQL with the slow ones; those that are about the
+    database itself (`BOTH_EACH_TIME`) run on both each time."""
+    if "database" not in metafunc.fixturenames or any(
+        mark.name == "parametrize" and "database" in str(mark.args[0])
+        for mark in metafunc.definition.iter_markers("parametrize")
+    ):
+        return
+    slow = () if getattr(metafunc.module, "BOTH_EACH_TIME", False) else (pytest.mark.slow,)
+    metafunc.parametrize("database", ["sqlite", pytest.param("postgresql", marks=slow)], indirect=True)
+
+
+@pytest.fixture
 def database(request: pytest.FixtureRequest) -> str | None:
     """A fresh database's URL; None is SQLite in the data folder. On PostgreSQL it is a schema: a database for each test
     would be a thousand files each."""

@@ -17,6 +17,9 @@ from tunewright.server.state import Server
 from tunewright.server.store import new_id
 from tunewright.server.worker import CHECKING, TRAINING, claim
 
+BOTH_EACH_TIME = True
+"""SQLite and PostgreSQL, in the fast tests too."""
+
 ROWS = b'{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}\n' * 12
 GRADER = {
     "type": "string_check",
