@@ -193,7 +193,7 @@ def test_ctrl_c_in_training_stops_with_a_checkpoint_and_the_same_command_goes_on
     recipe_file: Path, tmp_path: Path
 ) -> None:
     runs = tmp_path / "runs"
-    words = ["run", recipe_file, "--until", "train", "--runs", runs, "--set", "train.max_steps=400"]
+    words = ["run", recipe_file, "--until", "train", "--runs", runs, "--set", "train.max_steps=1500"]
     words += ["--set", "train.save_strategy=epoch"]
     first = subprocess.Popen(
         [sys.executable, "-m", "tunewright.cli", *map(str, words)],
@@ -216,7 +216,7 @@ def test_ctrl_c_in_training_stops_with_a_checkpoint_and_the_same_command_goes_on
     assert list(run.checkpoints.glob("checkpoint-*/complete.json"))
     second = command(*words)
     assert second.returncode == 0, second.stderr
-    assert run.manifest("train")["steps"] == 400
+    assert run.manifest("train")["steps"] == 1500
     assert run.manifest("train")["resumed_from"] is not None
 
 
