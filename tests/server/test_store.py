@@ -16,9 +16,9 @@ from tunewright.server import tables
 from tunewright.server.state import Server, Settings
 from tunewright.server.store import Store, new_id
 
-
 BOTH_EACH_TIME = True
 """SQLite and PostgreSQL, in the fast tests too."""
+
 
 def test_migrations_make_the_tables_that_the_code_has(open_server: Callable[[], Server]) -> None:
     with open_server().store.begin() as connection:

@@ -226,9 +226,7 @@ def wait_for_step(client: openai.OpenAI, job: str, seconds: float = 120) -> None
         time.sleep(0.1)
 
 
-@pytest.mark.parametrize(
-    "database", ["sqlite", pytest.param("postgresql", marks=pytest.mark.slow)], indirect=True
-)
+@pytest.mark.parametrize("database", ["sqlite", pytest.param("postgresql", marks=pytest.mark.slow)], indirect=True)
 def test_a_killed_worker_loses_nothing(served: Running, base: str, database: str | None) -> None:
     """SIGKILL of the worker's process in the middle of training; the next one goes on with the same training."""
     client = served.client()
