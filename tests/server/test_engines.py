@@ -183,6 +183,7 @@ def test_an_engine_holds_so_many_adapters_and_no_more(
         assert len(direct.get("http://engine/healthz").json()["adapters"]) == 1
 
 
+@pytest.mark.slow
 def test_the_engine_that_was_asked_longest_ago_makes_room_and_an_idle_one_ends(known: Models, tmp_path: Path) -> None:
     with serving(tmp_path, known, engines=1, engine_idle_s=2.0) as served, served.client() as client:
         said(client, "base")

@@ -17,7 +17,7 @@ import pytest
 from sqlalchemy import update
 
 from server_running import Running
-from tunewright.server import files, tables
+from tunewright.server import files, limits, tables
 
 ROWS = b'{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}\n' * 12
 
@@ -140,8 +140,9 @@ def openai_error(body: bytes) -> dict[str, object]:
     return error
 
 
-def test_too_large_is_refused_before_it_is_sent(served: Running) -> None:
+def test_too_large_is_refused_before_it_is_sent(served: Running, monkeypatch: pytest.MonkeyPatch) -> None:
     """The header alone is judged: the client hears it while its body is still unsent."""
+    monkeypatch.setattr(limits, "DISCARD_S", 0.2)
     host = urlsplit(served.url)
     for path, size in (("/v1/files", 2 << 30), ("/v1/fine_tuning/jobs", 100 << 20)):
         connection = http.client.HTTPConnection(host.hostname or "", host.port, timeout=10)

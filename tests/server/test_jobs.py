@@ -17,9 +17,7 @@ from tunewright.server.state import Server
 from tunewright.server.store import new_id
 from tunewright.server.worker import CHECKING, TRAINING, claim
 
-BOTH_EACH_TIME = True
-"""SQLite and PostgreSQL, in the fast tests too."""
-
+ON_BOTH = pytest.mark.parametrize("database", ["sqlite", "postgresql"], indirect=True)
 ROWS = b'{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}\n' * 12
 GRADER = {
     "type": "string_check",
@@ -181,6 +179,7 @@ def put(server: Server, key: str, **values: Any) -> str:
     return str(row["id"])
 
 
+@ON_BOTH
 def test_keys_take_turns(open_server: Callable[[], Server]) -> None:
     server = open_server()
     many = [put(server, "a") for _ in range(3)]
@@ -190,6 +189,7 @@ def test_keys_take_turns(open_server: Callable[[], Server]) -> None:
     assert claim(server, "w", TRAINING) is None
 
 
+@ON_BOTH
 def test_a_claim_that_nobody_renews_is_given_to_the_next(open_server: Callable[[], Server]) -> None:
     server = open_server()
     job = put(server, "a")
@@ -202,6 +202,7 @@ def test_a_claim_that_nobody_renews_is_given_to_the_next(open_server: Callable[[
     assert (again["id"], again["claimed_by"]) == (job, "second")
 
 
+@ON_BOTH
 def test_what_nobody_should_work_on_is_left(open_server: Callable[[], Server]) -> None:
     server = open_server()
     for status in (*jobs.FINAL, "paused"):
@@ -211,6 +212,7 @@ def test_what_nobody_should_work_on_is_left(open_server: Callable[[], Server]) -
     assert claim(server, "w", CHECKING) is None
 
 
+@ON_BOTH
 def test_two_servers_and_many_workers_never_have_a_job_twice(open_server: Callable[[], Server]) -> None:
     servers = [open_server(), open_server()]
     made = {put(servers[0], f"key-{number % 3}") for number in range(60)}

@@ -258,6 +258,7 @@ def test_a_killed_worker_loses_nothing(served: Running, base: str, database: str
     assert left == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("database", ["sqlite"], indirect=True)
 def test_a_worker_that_is_asked_to_stop_gives_its_job_back(served: Running, base: str) -> None:
     client = served.client()

@@ -418,15 +418,15 @@ def _ask(server: Server, job_id: str, wanted: str, *, refused: tuple[str, ...]) 
         )  # fmt: skip
     table = tables.jobs
     values: dict[str, Any] = {"wanted": wanted}
-    idle: dict[str, Any] = {
+    states: dict[str, dict[str, Any]] = {
         "run": {"status": "validating_files"},
         "pause": {"status": "paused"},
         "cancel": {"status": "cancelled", "finished_at": now()},
-    }[wanted]
+    }
     with server.store.begin() as connection:
         same = (table.c.id == job_id, table.c.status.notin_(FINAL))
         unclaimed = connection.execute(
-            update(table).where(*same, table.c.claimed_by.is_(None)).values(**values, **idle)
+            update(table).where(*same, table.c.claimed_by.is_(None)).values(**values, **states[wanted])
         )
         checked = exists().where(tables.events.c.job_id == job_id, tables.events.c.what == "validated")
         if wanted == "run":

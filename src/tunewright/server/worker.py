@@ -437,6 +437,9 @@ def _settle_stopped(server: Server, claimed: Claim) -> None:
     """Say what became of a job whose work ended before its time."""
     reason = claimed.reason or "stop"
     with contextlib.suppress(Stopped):
+        if reason == "pause" and claimed.job["run_id"] is not None:
+            run = Run.open(server.settings.runs / claimed.job["run_id"])
+            Watching(claimed).catch_up(run)  # the checkpoint of the last step too, which stopping wrote
         match reason:
             case "cancel":
                 claimed.set(status="cancelled", finished_at=now(), claimed_by=None)
