@@ -7,9 +7,15 @@ import sys
 
 import torch
 
-from bench import accuracy, preparing, scoring, train
+from bench import accuracy, preparing, scoring, server, train
 
-BENCHMARKS = {"train": train.main, "accuracy": accuracy.main, "scoring": scoring.main, "preparing": preparing.main}
+BENCHMARKS = {
+    "train": train.main,
+    "accuracy": accuracy.main,
+    "scoring": scoring.main,
+    "preparing": preparing.main,
+    "server": server.main,
+}
 
 
 def main(names: list[str]) -> None:

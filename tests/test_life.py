@@ -124,7 +124,7 @@ def test_python_has_the_same_verbs(recipe_file: Path, tmp_path: Path) -> None:
     assert not outcome.run.path.exists()
 
 
-@pytest.mark.parametrize("method", ["lora", "full"])
+@pytest.mark.parametrize("method", ["lora", pytest.param("full", marks=pytest.mark.slow)])
 def test_kill_in_training_then_the_same_command_ends_with_the_same_weights(
     model: Path, tmp_path: Path, method: str
 ) -> None:

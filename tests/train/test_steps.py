@@ -14,7 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from training import Prepare, Spawn, end, fit, result, stop_at
-from transformers import AutoConfig, AutoModelForCausalLM, Trainer
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from tunewright import chat, models
 from tunewright.data import prepare as preparing
@@ -43,7 +43,7 @@ def memory_for(tokens: int) -> Iterator[None]:
 
     class Small(supervised.SupervisedTrainer):
         def compute_loss(self, model: Any, inputs: Any, *given: Any, **options: Any) -> Any:
-            loss = Trainer.compute_loss(self, model, inputs, *given, **options)
+            loss = super().compute_loss(model, inputs, *given, **options)
             if inputs["input_ids"].numel() > tokens:
                 loss.backward()  # half done: the gradients of what does not fit must not stay
                 torch.empty(2**50)
