@@ -8,6 +8,7 @@ metrics are on; the deployment's quota is large enough never to refuse. The peer
 from __future__ import annotations
 
 import asyncio
+import gc
 import json
 import os
 import statistics
@@ -92,6 +93,8 @@ def serve(folder: Path) -> None:
         return JSONResponse({"answer": "a constant"})
 
     app.router.routes.insert(0, app.router.routes.pop())
+    gc.collect()
+    gc.freeze()  # as `tunewright serve` does
     listener = listen("127.0.0.1", 0)
     print(json.dumps({"port": listener.getsockname()[1], "key": key}), flush=True)
     uvicorn.Server(uvicorn.Config(app, log_config=None, log_level="warning", access_log=False, ws="none")).run(

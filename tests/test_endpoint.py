@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import math
@@ -9,6 +10,7 @@ import os
 import random
 import re
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -861,3 +863,13 @@ def test_a_served_run_lets_a_running_answer_finish_on_sigterm(tmp_path: Path) ->
         child.kill()
         child.wait()
         child.stdout.close()
+
+
+def test_an_answers_body_does_not_wait_for_its_head_to_be_acknowledged() -> None:
+    with (
+        contextlib.closing(listen("127.0.0.1", 0)) as listener,
+        socket.create_connection(listener.getsockname()[:2]),
+    ):
+        accepted, _ = listener.accept()
+        with accepted:
+            assert accepted.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
