@@ -332,12 +332,25 @@ def serve(
             envvar="TUNEWRIGHT_FILTER",
         ),
     ] = "words",
+    python_graders: Annotated[
+        bool,
+        typer.Option("--python-graders", help="Let reinforcement jobs bring graders in Python, which run as you do."),
+    ] = False,
     log_format: LogOption = LogFormat.text,
 ) -> None:
     """Serve the OpenAI and Azure OpenAI fine-tuning API, until Ctrl-C or SIGTERM."""
     from tunewright.server import process
 
-    settings = _settings(data, database, files, sets, filter=filter, log_format=log_format.value, engines=engines)
+    settings = _settings(
+        data,
+        database,
+        files,
+        sets,
+        filter=filter,
+        log_format=log_format.value,
+        engines=engines,
+        python_graders=python_graders,
+    )
     process.serve(settings, host=host, port=port, workers=workers)
 
 

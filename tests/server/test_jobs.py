@@ -88,6 +88,28 @@ def test_what_clients_send_is_taken(served: Running, base: str, asked: dict[str,
     assert made.status == "validating_files"
 
 
+JUDGE = {"type": "score_model", "name": "j", "model": "m", "input": [{"role": "user", "content": "q"}]}
+
+
+@pytest.mark.parametrize(
+    "grader",
+    [
+        {"type": "python", "name": "p", "source": "def grade(sample, item): return 1.0"},
+        JUDGE | {"api_key_env": "HOME"},
+        JUDGE | {"base_url": "http://127.0.0.1:9/v1"},
+        {"type": "multi", "graders": {"a": JUDGE | {"api_key_env": "HOME"}}, "calculate_output": "a"},
+    ],
+)
+def test_a_training_key_runs_no_code_and_sends_nothing_of_the_machine_anywhere(
+    served: Running, base: str, grader: dict[str, Any]
+) -> None:
+    method = {"type": "reinforcement", "reinforcement": {"grader": grader}}
+    with pytest.raises(openai.BadRequestError) as refused:
+        served.client().fine_tuning.jobs.create(model=base, training_file=upload(served), method=method)  # type: ignore[arg-type]
+    assert refused.value.code == "unsupported_grader"
+    assert refused.value.param == "method.reinforcement.grader"
+
+
 @pytest.mark.parametrize(
     ("asked", "param"),
     [

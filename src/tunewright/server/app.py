@@ -43,6 +43,7 @@ PREFIXES = ("/v1", "/openai/v1", "/openai")
 SETTLE_S = 0.5
 """How often deployments that are being made are looked at."""
 FLUSH_S = 1.0
+EXPIRE_S = 60.0
 """How often what was used is written down."""
 
 
@@ -116,12 +117,17 @@ async def _background(server: Server) -> AsyncIterator[None]:
     tasks = [
         asyncio.create_task(_every(SETTLE_S, stop, lambda: asyncio.to_thread(management.settle, server))),
         asyncio.create_task(_every(FLUSH_S, stop, lambda: admission.flush(server))),
+        asyncio.create_task(_every(EXPIRE_S, stop, lambda: _remove_expired(server))),
     ]
     yield
     stop.set()
     await asyncio.gather(*tasks)
     await admission.flush(server)
     await server.classifier.close()
+
+
+async def _remove_expired(server: Server) -> None:
+    await asyncio.to_thread(files.remove_expired, server)
 
 
 async def _every(seconds: float, stop: asyncio.Event, do: Callable[[], Awaitable[None]]) -> None:

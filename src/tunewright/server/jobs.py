@@ -18,7 +18,7 @@ from sqlalchemy.exc import IntegrityError
 from tunewright import recipe as recipes
 from tunewright.endpoint.shapes import ApiError, Part
 from tunewright.server import files, models, store, tables, web
-from tunewright.server.state import Server
+from tunewright.server.state import Server, Settings
 from tunewright.server.store import new_id, now
 from tunewright.server.web import After, Limit20, Training
 
@@ -136,6 +136,8 @@ def create_job(request: Request, caller: Training, wanted: JobIn) -> dict[str, A
                     code="invalid_file_purpose",
                 )
     models.find_trainable(server, wanted.model)
+    if method["type"] == "reinforcement":
+        _refuse_unsafe(method["reinforcement"]["grader"], server.settings)
     settings = method.get(method["type"]) or {}
     asked = settings.get("hyperparameters") or {}
     job: dict[str, Any] = {
@@ -388,6 +390,24 @@ def _method(wanted: JobIn) -> dict[str, Any]:
                 code="unsupported_parameter",
             )
     return {"type": method.type, method.type: said}
+
+
+def _refuse_unsafe(grader: dict[str, Any], settings: Settings) -> None:
+    """Whoever may train may not therefore run code here, or have this machine's environment sent somewhere."""
+    for one in (grader, *(grader.get("graders") or {}).values()):
+        said = None
+        if one.get("type") == "python" and not settings.python_graders:
+            said = "a python grader runs code on this machine; `tunewright serve --python-graders` allows it"
+        for key in ("base_url", "api_key_env"):
+            if one.get(key) is not None:
+                said = f"'{key}' is the operator's to choose, by OPENAI_BASE_URL and OPENAI_API_KEY of the worker"
+        if said is not None:
+            raise ApiError(
+                400,
+                f"Invalid 'method.reinforcement.grader': {said}.",
+                param="method.reinforcement.grader",
+                code="unsupported_grader",
+            )
 
 
 def _without_null(given: Hyperparameters | None) -> dict[str, Any]:

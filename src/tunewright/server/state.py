@@ -32,6 +32,8 @@ class Settings:
     filter: str = "words"
     """The content filter's classifier: words, the URL of a /moderations, or `package.module:name`."""
     log_format: Literal["text", "json"] = "text"
+    python_graders: bool = False
+    """Whether a reinforcement job may bring a grader that is Python. It runs as the worker does."""
     engines: int = 2
     """Processes with weights at once."""
     engine_idle_s: float = 900.0
