@@ -17,7 +17,6 @@ import contextlib
 import json
 import logging
 import os
-import signal
 import socket
 import sys
 import threading
@@ -26,7 +25,6 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import unquote
 
-import uvicorn
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, Response
 from starlette.exceptions import HTTPException
@@ -36,6 +34,7 @@ from tunewright.chat import Equipment
 from tunewright.endpoint import answering
 from tunewright.endpoint.app import api_error, http_error
 from tunewright.endpoint.diary import Diary, logger
+from tunewright.endpoint.process import until_sigterm
 from tunewright.endpoint.served import Served, Trained
 from tunewright.endpoint.shapes import ApiError, no_embeddings, read_request, read_text_request
 from tunewright.endpoint.worker import Worker
@@ -69,25 +68,8 @@ def serve(path: Path, source: str, *, revision: str | None = None, folder: Path 
         with contextlib.closing(_listen(path)) as listener:
             threading.Thread(target=_end_with_input, args=(path,), daemon=True).start()
             app = create_app(Shelf.load(source, revision=revision, folder=folder))
-            config = uvicorn.Config(
-                app,
-                log_config=None,
-                log_level="warning",
-                access_log=False,
-                lifespan="on",
-                ws="none",
-                server_header=False,
-                timeout_keep_alive=3600,
-                timeout_graceful_shutdown=GRACE_S,
-            )
-            server = uvicorn.Server(config)
-
-            def stop(*_signal: object) -> None:
-                server.should_exit = True
-
-            signal.signal(signal.SIGTERM, stop)
             logger.info("engine %d serves %s", os.getpid(), folder or source)
-            server.run(sockets=[listener])
+            until_sigterm(app, listener, grace_s=GRACE_S, keep_alive_s=3600)
     finally:
         _clear(path)
 

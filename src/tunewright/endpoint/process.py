@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 
 import uvicorn
+from fastapi import FastAPI
 
 from tunewright.endpoint.app import create_app
 from tunewright.endpoint.diary import logger
@@ -42,29 +43,34 @@ def serve(run: Run, *, host: str, port: int) -> None:
         )
         logging.basicConfig(stream=sys.stdout, level=logging.WARNING, format="%(asctime)s %(message)s", force=True)
         logging.getLogger("tunewright").setLevel(logging.INFO)
-        config = uvicorn.Config(
-            app,
-            log_config=None,
-            log_level="warning",
-            access_log=False,
-            lifespan="on",
-            ws="none",
-            server_header=False,
-            timeout_keep_alive=75,
-            timeout_graceful_shutdown=GRACE_S,
-        )
-        server = uvicorn.Server(config)
-
-        def stop(*_signal: object) -> None:
-            server.should_exit = True
-
-        # uvicorn raises the signal once more when it has ended; without a handler that would end the process with
-        # the signal's status instead of 0.
-        signal.signal(signal.SIGTERM, stop)
         shown = f"[{host}]" if ":" in host else host
         logger.info("serving %s at http://%s:%d/v1", recipe.endpoint_name, shown, listener.getsockname()[1])
-        server.run(sockets=[listener])
+        until_sigterm(app, listener, grace_s=GRACE_S)
         logger.info("stopped")
+
+
+def until_sigterm(app: FastAPI, listener: socket.socket, *, grace_s: int, keep_alive_s: int = 75) -> None:
+    """Answer requests until SIGTERM, then let running answers finish for `grace_s`. Call it in the main thread."""
+    config = uvicorn.Config(
+        app,
+        log_config=None,
+        log_level="warning",
+        access_log=False,
+        lifespan="on",
+        ws="none",
+        server_header=False,
+        timeout_keep_alive=keep_alive_s,
+        timeout_graceful_shutdown=grace_s,
+    )
+    server = uvicorn.Server(config)
+
+    def stop(*_signal: object) -> None:
+        server.should_exit = True
+
+    # uvicorn raises the signal once more when it has ended; without a handler that would end the process with the
+    # signal's status instead of 0.
+    signal.signal(signal.SIGTERM, stop)
+    server.run(sockets=[listener])
 
 
 def listen(host: str, port: int) -> socket.socket:

@@ -12,9 +12,7 @@ import sys
 import threading
 from collections.abc import Iterator, Sequence
 
-import uvicorn
-
-from tunewright.endpoint.process import listen
+from tunewright.endpoint.process import listen, until_sigterm
 from tunewright.errors import DONE
 from tunewright.server import logs
 from tunewright.server.app import create_app
@@ -38,29 +36,13 @@ def serve(settings: Settings, *, host: str, port: int, workers: int = 1) -> None
     with contextlib.closing(listen(host, port)) as listener:
         server = Server.open(settings)
         logs.to_stdout(settings.log_format)
-        config = uvicorn.Config(
-            create_app(server),
-            log_config=None,
-            log_level="warning",
-            access_log=False,
-            lifespan="on",
-            ws="none",
-            server_header=False,
-            timeout_keep_alive=75,
-            timeout_graceful_shutdown=GRACE_S,
-        )
-        web = uvicorn.Server(config)
-
-        def stop(*_signal: object) -> None:
-            web.should_exit = True
-
-        signal.signal(signal.SIGTERM, stop)
+        app = create_app(server)
         with _workers(settings, workers):
             shown = f"[{host}]" if ":" in host else host
             gc.collect()
             gc.freeze()  # what stands now stays; looking through it again and again held answers up for 100 ms
             logger.info("serving at http://%s:%d/v1", shown, listener.getsockname()[1])
-            web.run(sockets=[listener])
+            until_sigterm(app, listener, grace_s=GRACE_S)
         logger.info("stopped")
 
 
