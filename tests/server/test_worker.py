@@ -23,9 +23,10 @@ from safetensors import safe_open
 from sqlalchemy import select
 
 from server_running import Running
+from tunewright.run import Run
 from tunewright.server import models, tables
 from tunewright.server.state import Server
-from tunewright.server.worker import CHECKING, TRAINING, Worker, results_csv
+from tunewright.server.worker import CHECKING, TRAINING, Worker, claim, results_csv
 
 FINAL = ("succeeded", "failed", "cancelled")
 
@@ -271,6 +272,44 @@ def test_a_worker_that_is_asked_to_stop_gives_its_job_back(served: Running, base
     assert client.fine_tuning.jobs.retrieve(job.id).status == "queued"
     with working(served.server):
         assert wait(client, job.id).status == "succeeded"
+
+
+@pytest.mark.parametrize("database", ["sqlite"], indirect=True)
+def test_pairs_and_prompts_with_a_grader_become_runs_of_their_kind(served: Running, model_folder: Path) -> None:
+    """Their files are read and their numbers settled; what training then does is the training's own tests'."""
+    client = served.client()
+    sets = ["train.use_cpu=true", "tracking.enabled=false"]
+    models.add_base(served.server.store, "tiny-2", str(model_folder), overrides=sets)
+    ask = [{"role": "user", "content": "say it"}]
+    pair = {
+        "input": {"messages": ask},
+        "preferred_output": [{"role": "assistant", "content": "lovely"}],
+        "non_preferred_output": [{"role": "assistant", "content": "awful"}],
+    }
+    grader = {"type": "string_check", "name": "g", "operation": "eq", "reference": "{{ item.answer }}"}
+    grader["input"] = "{{ sample.output_text }}"
+    cases: dict[str, tuple[list[Any], dict[str, Any]]] = {
+        "preference": ([pair] * 12, {"type": "dpo", "dpo": {"hyperparameters": {"beta": 0.3, "batch_size": 2}}}),
+        "reward": (
+            [{"messages": ask, "answer": "lovely"}] * 12,
+            {"type": "reinforcement", "reinforcement": {"grader": grader, "hyperparameters": {"batch_size": 2}}},
+        ),
+    }
+    for task, (rows, method) in cases.items():
+        file = upload(served, rows)
+        job = client.fine_tuning.jobs.create(model="tiny-2", training_file=file, validation_file=file, method=method)  # type: ignore[arg-type]
+        stop = threading.Event()
+        worker = Worker(served.server, CHECKING, stop)
+        found = claim(served.server, worker.name, CHECKING)
+        assert found is not None
+        worker.work(found)
+        done = client.fine_tuning.jobs.retrieve(job.id)
+        assert done.status == "queued", done.error
+        assert done.hyperparameters.batch_size == 2
+        recipe = Run.open(served.server.settings.runs / run_of(served.server, job.id)).recipe()
+        assert recipe.task == task
+        assert recipe.train.batch_size == {"preference": 2, "reward": 16}[task]
+        client.fine_tuning.jobs.cancel(job.id)
 
 
 def test_results_are_empty_where_nothing_was_measured() -> None:

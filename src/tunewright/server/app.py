@@ -43,8 +43,9 @@ PREFIXES = ("/v1", "/openai/v1", "/openai")
 SETTLE_S = 0.5
 """How often deployments that are being made are looked at."""
 FLUSH_S = 1.0
-EXPIRE_S = 60.0
 """How often what was used is written down."""
+EXPIRE_S = 60.0
+"""How often files whose time is over are removed."""
 
 
 def create_app(server: Server) -> FastAPI:

@@ -35,7 +35,7 @@ from tunewright import run as run_folders
 from tunewright.endpoint.shapes import ApiError
 from tunewright.errors import DataError, ModelError, RecipeError, TunewrightError
 from tunewright.life import Watcher
-from tunewright.recipe import Recipe
+from tunewright.recipe import Grpo, Recipe
 from tunewright.run import Run
 from tunewright.server import files, jobs, models, store, tables
 from tunewright.server.state import Server
@@ -217,7 +217,7 @@ def check(server: Server, claimed: Claim) -> None:
     recipe = run.recipe()
     settled = job["hyperparameters"] | {
         "n_epochs": _whole(recipe.train.epochs),
-        "batch_size": recipe.train.batch_size,
+        "batch_size": recipe.train.batch_size // (recipe.train.grpo.num_generations if recipe.task == "reward" else 1),
         "learning_rate_multiplier": _multiplier(recipe, resolved),
     }
     method = dict(job["method"])
@@ -328,8 +328,10 @@ def recipe_of(server: Server, job: dict[str, Any]) -> Recipe:
     data: dict[str, Any] = {"train": str(training)}
     if job["validation_file"] is not None:
         validation = str(server.blobs.local(job["validation_file"], ".jsonl"))
-        data |= {"validation": validation, "test": validation}
-        train["eval_strategy"] = "epoch"
+        data["test"] = validation
+        if kind != "reinforcement":  # which has no loss to measure there
+            data["validation"] = validation
+            train["eval_strategy"] = "epoch"
     else:
         data["split"] = {"test": 0}  # every row is trained on, as where the client's code comes from
     if kind == "dpo":
@@ -347,6 +349,7 @@ def recipe_of(server: Server, job: dict[str, Any]) -> Recipe:
     if start.revision is not None and start.kind != "full":
         made["revision"] = start.revision
     if kind == "reinforcement":
+        train["batch_size"] *= Grpo().num_generations  # of prompts there, of drawn answers here
         made["grader"] = job["method"][kind]["grader"]
     with server.store.begin() as connection:
         named = store.row(connection, tables.bases, name=start.base)
