@@ -312,6 +312,19 @@ def test_pairs_and_prompts_with_a_grader_become_runs_of_their_kind(served: Runni
         client.fine_tuning.jobs.cancel(job.id)
 
 
+@pytest.mark.parametrize("database", ["sqlite"], indirect=True)
+def test_a_base_that_was_taken_away_meanwhile_is_said_on_the_job(served: Running, base: str) -> None:
+    client = served.client()
+    job = client.fine_tuning.jobs.create(model=base, training_file=upload(served, [talk(n) for n in range(12)]))
+    models.remove_base(served.server.store, base)
+    worker = Worker(served.server, CHECKING, threading.Event())
+    found = claim(served.server, worker.name, CHECKING)
+    assert found is not None
+    worker.work(found)
+    done = client.fine_tuning.jobs.retrieve(job.id)
+    assert (done.status, done.error.code, done.error.param) == ("failed", "model_not_found", "model")
+
+
 def test_results_are_empty_where_nothing_was_measured() -> None:
     class Log:
         def metrics(self) -> list[dict[str, Any]]:

@@ -74,14 +74,12 @@ class Worker:
         """Until `stop` is set."""
         while not self.stop.is_set():
             try:
-                job = claim(self.server, self.name, self.statuses)
-            except Exception:  # the database is away, say: later perhaps not
-                logger.exception("%s cannot look for jobs", self.name)
-                job = None
-            if job is None:
-                self.stop.wait(POLL_S)
-            else:
-                self.work(job)
+                if (job := claim(self.server, self.name, self.statuses)) is not None:
+                    self.work(job)
+                    continue
+            except Exception:  # the database is away, say: later perhaps not; a job that was claimed is handed over
+                logger.exception("%s cannot go on", self.name)
+            self.stop.wait(POLL_S)
 
     def work(self, job: dict[str, Any]) -> None:
         """Take a claimed job as far as this worker goes, whatever comes of it."""
@@ -280,14 +278,17 @@ class Watching(Watcher):
 def keep_checkpoints(server: Server, claimed: Claim, run: Run) -> None:
     """Make models of the run's checkpoints, the last `KEPT_CHECKPOINTS` of them."""
     job = claimed.job
-    for folder in sorted(run.checkpoints.glob("checkpoint-*/complete.json")):
-        step = json.loads(folder.read_text())["step"]
+    found = {
+        int(one.parent.name.rpartition("-")[2]): one.parent
+        for one in run.checkpoints.glob("checkpoint-*/complete.json")
+    }
+    for step, folder in sorted(found.items()):
         with server.store.begin() as connection:
             if store.row(connection, tables.checkpoints, job_id=job["id"], step=step) is not None:
                 continue
         kept = Path("models") / job["id"] / f"step-{step}"
         try:
-            _link_weights(folder.parent, server.settings.data / kept)
+            _link_weights(folder, server.settings.data / kept)
         except FileNotFoundError:  # training has put a newer one in its place meanwhile
             continue
         name = models.tuned_name(job["model"], job["suffix"], job["id"], surface=job["surface"], step=step)
@@ -473,6 +474,9 @@ def _explained(job: dict[str, Any], error: Exception) -> tuple[str, str | None, 
     message = str(error)
     if isinstance(error, Refused):
         return error.code, error.param, message
+    if isinstance(error, ApiError):  # a file or a base that was taken away meanwhile
+        known = error.body["error"]
+        return known["code"] or "not_found", known["param"], message
     if not isinstance(error, TunewrightError):
         return "server_error", None, "The server had an error; its log has the reason."
     for param in ("validation_file", "training_file"):
