@@ -14,7 +14,7 @@ import openai
 import pytest
 from openai import OpenAI
 from serving import Models, Serving, make_models, serving
-from sqlalchemy import update
+from sqlalchemy import select, update
 
 from tunewright.endpoint.shapes import ApiError
 from tunewright.server import batches, tables
@@ -161,12 +161,21 @@ def test_what_cannot_be_a_batch_is_refused(echo: Serving) -> None:
             client.batches.cancel(done.id)
 
 
+def renewed_at(served: Serving, batch_id: str) -> float:
+    with served.server.store.begin() as connection:
+        query = select(tables.batches.c.heartbeat_at).where(tables.batches.c.id == batch_id)
+        return float(connection.execute(query).scalar_one())
+
+
 def test_a_cancelled_batch_keeps_what_was_answered(known: Models, tmp_path: Path) -> None:
     slow = Slow(quick=2)
     with serving(tmp_path, known, echo=slow) as served, served.client() as client:
         batch = start(client, [line(str(number), "x") for number in range(5)])
         wait_for(lambda: client.batches.retrieve(batch.id).request_counts.completed == 2)
         assert client.batches.cancel(batch.id).status == "cancelling"
+        for _ in range(2):  # it hears of it when it renews its claim, and has heard when it does so again
+            before = renewed_at(served, batch.id)
+            wait_for(lambda before=before: renewed_at(served, batch.id) > before)
         slow.go_on.set()
         done = wait(client, batch.id, "cancelled")
         assert done.cancelling_at
