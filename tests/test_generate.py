@@ -332,6 +332,15 @@ def test_losses_are_those_computed_by_hand(llama: Any, rows: list[Rendering]) ->
         assert loss == pytest.approx(-sum(float(logprobs[at - 1, row.ids[at]]) for at in targets), abs=1e-4)
 
 
+def test_a_target_is_right_where_the_model_would_have_said_it(llama: Any) -> None:
+    prompt = [5, 9, 17]
+    said = greedy(llama, prompt, 6)
+    other = [*said[:3], (said[3] + 1) % llama.config.vocab_size]
+    rows = [Rendering(prompt + ids, [False] * 3 + [True] * len(ids)) for ids in (said, other)]
+    told = completer_of(llama).tell([*rows, Rendering(prompt + said, [False] * 7 + [True] * 2)])
+    assert [(one.right, len(one.logprobs)) for one in told] == [(6, 6), (3, 4), (2, 2)]
+
+
 def test_losses_leave_a_training_model_trainable(llama: Any) -> None:
     rows = [Rendering([5, 6, 7, 8], [True] * 4)]
     completer_of(llama).losses(rows)

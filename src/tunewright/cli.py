@@ -9,6 +9,7 @@ from __future__ import annotations
 import enum
 import json
 import sys
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -50,6 +51,7 @@ ResumeOption = Annotated[
 ]
 AgainOption = Annotated[bool, typer.Option("--again", help="Do this stage again, and forget the stages after it.")]
 RUNS = Path("runs")
+DAY = "%Y-%m-%d"
 DataOption = Annotated[
     Path,
     typer.Option("--data", metavar="DIR", help="Everything that the server keeps.", envvar="TUNEWRIGHT_DATA"),
@@ -409,6 +411,47 @@ def list_keys(data: DataOption = DATA, database: DatabaseOption = None, as_json:
         screen.keys(found)
 
 
+@keys.command("rotate")
+def rotate_key(
+    name: Annotated[str, typer.Argument(metavar="NAME")],
+    data: DataOption = DATA,
+    grace: Annotated[
+        str | None, typer.Option(metavar="24h", help="How long the old key still opens. Default: not at all.")
+    ] = None,
+    database: DatabaseOption = None,
+) -> None:
+    """Make a new key in the place of an old one: same name, same scope, same end. It is printed once, alone."""
+    from tunewright.server import keys as keyring
+    from tunewright.server.store import Store
+
+    seconds = 0 if grace is None else keyring.duration(grace, "--grace")
+    print(keyring.rotate(Store(_settings(data, database).prepared().database_url), name, grace_s=seconds))
+
+
+@keys.command("usage")
+def show_usage(
+    data: DataOption = DATA,
+    days: Annotated[int, typer.Option(min=1, help="How many days back, today (UTC) with them.")] = 30,
+    database: DatabaseOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Show what each key has used: requests and tokens, by day and model."""
+    from tunewright import screen
+    from tunewright.server import keys as keyring
+    from tunewright.server import organization
+    from tunewright.server.store import Store
+
+    today = datetime.now(UTC).date()
+    with Store(_settings(data, database).prepared().database_url).begin() as connection:
+        used = organization.used(connection, today - timedelta(days=days - 1), today, ("api_key_id", "model"))
+        names = {one["id"]: one["name"] for one in keyring.rows(connection)}
+    found = [{"key": names.get(one["api_key_id"], one["api_key_id"]), **one} for one in used]
+    if as_json:
+        print(json.dumps(found, indent=1))
+    else:
+        screen.usage(found, days)
+
+
 @keys.command("revoke")
 def revoke_key(
     name: Annotated[str, typer.Argument(metavar="NAME")], data: DataOption = DATA, database: DatabaseOption = None
@@ -427,6 +470,13 @@ def add_model(
     data: DataOption = DATA,
     revision: Annotated[str | None, typer.Option(help="The hub's commit, tag or branch.")] = None,
     sets: SetOption = None,
+    retires: Annotated[
+        datetime | None,
+        typer.Option(formats=[DAY], metavar="DATE", help="From then on (UTC) it answers no more; tuned ones do."),
+    ] = None,
+    fine_tune_until: Annotated[
+        datetime | None, typer.Option(formats=[DAY], metavar="DATE", help="From then on it takes no new jobs.")
+    ] = None,
     database: DatabaseOption = None,
 ) -> None:
     """Let clients call a base of yours by a name. --set changes how jobs on it train."""
@@ -439,7 +489,15 @@ def add_model(
     trial = {"name": "trial", "model": ref.source, "task": "chat", "data": {"train": "trial.jsonl"}}
     recipes.loads(json.dumps(trial), "--set", sets or ())
     store = Store(_settings(data, database).prepared().database_url)
-    named.add_base(store, name, ref.source, revision=ref.revision, overrides=sets or ())
+    named.add_base(
+        store,
+        name,
+        ref.source,
+        revision=ref.revision,
+        overrides=sets or (),
+        retires_at=_second(retires),
+        fine_tune_until=_second(fine_tune_until),
+    )
     _say(f"{name} is {ref.source} ({ref.parameters:,} weights)")
 
 
@@ -467,6 +525,11 @@ def remove_model(
     from tunewright.server.store import Store
 
     named.remove_base(Store(_settings(data, database).prepared().database_url), name)
+
+
+def _second(day: datetime | None) -> int | None:
+    """When a day begins (UTC), in Unix seconds."""
+    return None if day is None else int(day.replace(tzinfo=UTC).timestamp())
 
 
 def _settings(

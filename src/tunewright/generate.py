@@ -57,6 +57,21 @@ class Token:
 
 
 @dataclass(frozen=True)
+class Told:
+    """What a model says of the targets of a rendering."""
+
+    logprobs: list[float]
+    """Each target's natural log of its probability."""
+    right: int
+    """How many of them are the most probable token at their place."""
+
+    @property
+    def loss(self) -> float:
+        """Summed negative log-likelihood, in nats."""
+        return -math.fsum(self.logprobs)
+
+
+@dataclass(frozen=True)
 class LabelTree:
     """The labels' token ids as a prefix tree, so that each shared beginning is computed once.
 
@@ -276,8 +291,8 @@ class LocalCompleter:
             for branch in branches
         ]
         nodes: dict[int, float] = {}
-        for branch, logprobs in zip(branches, self._target_logprobs(renderings), strict=True):
-            nodes |= dict(zip(branch, logprobs, strict=True))
+        for branch, told in zip(branches, self.tell(renderings), strict=True):
+            nodes |= dict(zip(branch, told.logprobs, strict=True))
         return nodes
 
     # --- losses ---
@@ -287,13 +302,13 @@ class LocalCompleter:
 
         Nothing predicts a first token, so it is never counted.
         """
-        return [(-math.fsum(logprobs), len(logprobs)) for logprobs in self._target_logprobs(renderings, progress)]
+        return [(told.loss, len(told.logprobs)) for told in self.tell(renderings, progress=progress)]
 
-    def _target_logprobs(self, renderings: Sequence[Rendering], progress: Progress | None = None) -> list[list[float]]:
-        """For each rendering, the log-probability of each of its targets but a first token."""
+    def tell(self, renderings: Sequence[Rendering], *, progress: Progress | None = None) -> list[Told]:
+        """For each rendering, how probable each of its targets is (but a first token), how many are the likeliest."""
         import torch
 
-        found: list[list[float]] = [[] for _ in renderings]
+        found = [Told([], 0)] * len(renderings)
         done = 0
         lengths = [len(one.ids) for one in renderings]
         for batch in self._batches(lengths, [sum(one.mask[1:]) for one in renderings]):
@@ -314,10 +329,13 @@ class LocalCompleter:
                     logits_to_keep=before_BT.to(self.model.device),
                     use_cache=False,
                 ).logits.float()
-                nll = torch.nn.functional.cross_entropy(logits, ids_BT[target_BT].to(logits.device), reduction="none")
+                targets = ids_BT[target_BT].to(logits.device)
+                nll = torch.nn.functional.cross_entropy(logits, targets, reduction="none")
+                right = logits.gather(1, targets[:, None])[:, 0] == logits.amax(-1)
             counts = target_BT.sum(dim=1).tolist()
-            for row, part in zip(batch, (-nll.double()).cpu().split(counts), strict=True):
-                found[row] = part.tolist()
+            parts = ((-nll.double()).cpu().split(counts), right.cpu().split(counts))
+            for row, logprobs, hits in zip(batch, *parts, strict=True):
+                found[row] = Told(logprobs.tolist(), int(hits.sum()))
             done += len(batch)
             if progress:
                 progress(done, len(renderings))

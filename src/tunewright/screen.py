@@ -244,15 +244,30 @@ def keys(found: Sequence[dict[str, Any]]) -> None:
     out.print(table)
 
 
+def usage(found: Sequence[dict[str, Any]], days: int) -> None:
+    if not found:
+        out.print(f"nothing was used in the last {days} days")
+        return
+    table = Table("day", "key", "model", box=box.SIMPLE_HEAD)
+    for column in ("requests", "tokens in", "tokens out"):
+        table.add_column(column, justify="right")
+    numbers = ("num_model_requests", "input_tokens", "output_tokens")
+    for one in found:
+        table.add_row(one["day"], Text(one["key"]), Text(one["model"]), *(f"{one[name]:,}" for name in numbers))
+    table.add_section()
+    table.add_row("all", "", "", *(f"{sum(one[name] for one in found):,}" for name in numbers))
+    out.print(table)
+
+
 def bases(found: Sequence[dict[str, Any]]) -> None:
     if not found:
         out.print("no bases; `tunewright models add NAME SOURCE` names one")
         return
-    table = Table("name", "source", "revision", "jobs train with", box=box.SIMPLE_HEAD)
+    table = Table("name", "source", "revision", "jobs train with", "jobs until", "retires", box=box.SIMPLE_HEAD)
     for one in found:
-        table.add_row(
-            Text(one["name"]), Text(one["source"]), (one["revision"] or "")[:12], Text(" ".join(one["recipe"]))
-        )
+        dates = ("" if one[key] is None else _day(one[key]) for key in ("fine_tune_until", "retires_at"))
+        revision = (one["revision"] or "")[:12]
+        table.add_row(Text(one["name"]), Text(one["source"]), revision, Text(" ".join(one["recipe"])), *dates)
     out.print(table)
 
 

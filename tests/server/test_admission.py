@@ -81,6 +81,21 @@ def test_a_failed_deployment_says_why(echo: Running) -> None:
         ask(echo.azure(), "d")
 
 
+def test_a_retired_model_answers_no_more_and_takes_no_jobs(echo: Running) -> None:
+    add_base(echo.server, "old", retires_at=1_700_000_000)
+    add_base(echo.server, "frozen", fine_tune_until=1_700_000_000, retires_at=1_900_000_000)
+    deployed(echo, "d", deployment("old"))
+    for client, name in ((echo.client(), "old"), (echo.azure(), "d")):
+        with pytest.raises(openai.NotFoundError, match="the model 'old' was retired on 2023-11-14"):
+            ask(client, name)
+    assert ask(echo.client(), "frozen").parse().model == "frozen"
+    file = echo.client().files.create(file=("a.jsonl", b"{}"), purpose="fine-tune").id
+    for name in ("old", "frozen"):
+        with pytest.raises(openai.BadRequestError, match="no new fine-tuning jobs since 2023-11-14") as refused:
+            echo.client().fine_tuning.jobs.create(model=name, training_file=file)
+        assert (refused.value.code, refused.value.param) == ("model_not_available", "model")
+
+
 def test_an_accounts_key_sees_its_own_deployments(echo: Running) -> None:
     put_account(echo, "other")
     add_base(echo.server, "large")

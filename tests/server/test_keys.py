@@ -14,7 +14,7 @@ from sqlalchemy import select, update
 
 from server_running import Running
 from tunewright.errors import EndpointError
-from tunewright.server import keys, tables
+from tunewright.server import account_keys, keys, tables
 from tunewright.server.keys import Keyring
 from tunewright.server.state import Server
 
@@ -85,6 +85,34 @@ def test_a_name_is_taken_once(open_server: Callable[[], Server]) -> None:
         keys.create(server.store, "one")
     with pytest.raises(EndpointError, match="no such scope"):
         keys.create(server.store, "two", scope="root")
+
+
+def test_a_rotated_key_gives_way_to_another_of_the_same_kind(open_server: Callable[[], Server]) -> None:
+    server = open_server()
+    old = keys.create(server.store, "one", scope="inference", expires_s=86400)
+    new = keys.rotate(server.store, "one", grace_s=3600)
+    ring = Keyring(server.store)
+    before, after = ring.find(old), ring.find(new)
+    assert before is not None
+    assert after is not None
+    assert (after.name, after.scope) == ("one", "inference")
+    assert before.expires_at is not None
+    assert after.expires_at is not None
+    assert 80000 < after.expires_at - before.expires_at < 86400
+    last = keys.rotate(server.store, "one")
+    ring.forget()
+    assert [ring.find(key) is None for key in (old, new, last)] == [True, True, False]
+    with pytest.raises(EndpointError, match="no key 'two'"):
+        keys.rotate(server.store, "two")
+    keys.revoke(server.store, "one")
+    with pytest.raises(EndpointError, match="no key 'one'"):
+        keys.rotate(server.store, "one")
+
+
+def test_an_accounts_key_is_made_anew_by_its_account(served: Running) -> None:
+    account_keys.both(served.server, "local")
+    with pytest.raises(EndpointError, match="regenerateKey"):
+        keys.rotate(served.server.store, "local/key1")
 
 
 @given(st.text(max_size=12))

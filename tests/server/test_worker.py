@@ -136,6 +136,9 @@ def test_a_supervised_job_from_file_to_model(served: Running, base: str) -> None
     assert [row["step"] for row in table] == [str(step) for step in range(1, 13)]
     assert float(table[-1]["train_loss"]) < float(table[0]["train_loss"])
     assert table[2]["valid_loss"]
+    assert 0 <= float(table[11]["valid_mean_token_accuracy"]) <= 1
+    valid = [event.data["full_valid_mean_token_accuracy"] for event in metrics if "full_valid_loss" in event.data]
+    assert len(valid) == 4  # one for each epoch
 
     target = models.find(served.server, done.fine_tuned_model)
     assert target.kind == "adapter"

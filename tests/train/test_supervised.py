@@ -305,7 +305,7 @@ def test_validation_loss_counts_every_target_the_same(prepare: Prepare, tmp_path
     model = models.load_folder(run.trained("full"))
     tokenizer = models.load_tokenizer(ModelRef.from_dict(run.resolved()["model"]))
     chat.equip(tokenizer)
-    total, count = 0.0, 0
+    total, count, right = 0.0, 0, 0
     for example in preparing.examples(run, "validation"):
         rendering = chat.render(tokenizer, example.messages)
         with torch.no_grad():
@@ -314,8 +314,10 @@ def test_validation_loss_counts_every_target_the_same(prepare: Prepare, tmp_path
             if rendering.mask[place]:
                 total -= float(logprobs[place - 1, rendering.ids[place]])
                 count += 1
+                right += int(logprobs[place - 1].argmax()) == rendering.ids[place]
     assert logged["eval_loss"] == pytest.approx(total / count, abs=1e-5)
     assert logged["eval_perplexity"] == pytest.approx(math.exp(total / count), rel=1e-4)
+    assert logged["eval_mean_token_accuracy"] == pytest.approx(right / count)
     assert logged["step"] == 6
 
 

@@ -25,6 +25,7 @@ from tunewright.server import models, quota, store, tables
 from tunewright.server.models import Target
 from tunewright.server.quota import Allowance, Limits
 from tunewright.server.state import Server
+from tunewright.server.store import now
 from tunewright.server.web import Caller
 
 logger = logging.getLogger("tunewright.server")
@@ -209,15 +210,22 @@ def _look(server: Server, account: str | None, name: str) -> _Said:
             target = models.known(connection, server.settings.data, name)
             if target is None:
                 raise _Absent
+            _refuse_retired(target)
             return _Said(target, default_policy())
         if deployment["state"] != READY:
             raise _Absent(f"the deployment is {deployment['state']}" + _because(deployment["error"]))
         target = models.known(connection, server.settings.data, deployment["model"])
         if target is None:
             raise _Absent(f"the deployment's model '{deployment['model']}' is gone")
+        _refuse_retired(target)
         policy = _policy(connection, deployment)
         limits = _limits(connection, deployment["account"])
     return _Said(target, policy, deployment["account"], deployment["shown"], deployment["number"], limits)
+
+
+def _refuse_retired(target: Target) -> None:
+    if target.retires is not None and target.retires <= now():
+        raise _Absent(f"the model '{target.name}' was retired on {models.day(target.retires)}")
 
 
 def _deployment(connection: Connection, account: str | None, name: str) -> dict[str, Any] | None:

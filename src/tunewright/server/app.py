@@ -29,6 +29,7 @@ from tunewright.server import (
     metrics,
     models,
     moderations,
+    organization,
     responses,
     web,
 )
@@ -107,6 +108,7 @@ ROUTERS: tuple[APIRouter, ...] = (
     models.router,
     batches.router,
     moderations.router,
+    organization.router,
 )
 
 

@@ -91,6 +91,32 @@ def add(
     connection.execute(insert(tables.keys).values(**said, expires_at=expires_at, account=account))
 
 
+def rotate(store: Store, name: str, *, grace_s: int = 0) -> str:
+    """Make a new key in the place of the one of that name, with the same scope and end; gives the key itself.
+
+    Args:
+        grace_s: how long the old key still opens, so that its clients can be changed over.
+
+    Raises:
+        EndpointError: there is no key of that name that still opens.
+    """
+    key = f"tw-{secrets.token_urlsafe(32)}"
+    with store.begin() as connection:
+        living = [one for one in rows(connection) if one["name"] == name and _alive(one)]
+        if not living:
+            raise _none(name)
+        if living[0]["account"] is not None:
+            raise EndpointError(f"the key {name!r} is an account's, whose regenerateKey makes it anew")
+        until = now() + grace_s
+        for one in living:  # more than one where an earlier one is still in its time of grace
+            end = until if one["expires_at"] is None else min(until, one["expires_at"])
+            ended = {"expires_at": end} if grace_s else {"revoked_at": now()}
+            connection.execute(update(tables.keys).where(tables.keys.c.id == one["id"]).values(**ended))
+        said = {column: living[0][column] for column in ("scope", "expires_at", "account")}
+        add(connection, new_key_id(), key, name, **said)
+    return key
+
+
 def revoke(store: Store, name: str) -> None:
     """End every key of a name.
 
@@ -104,7 +130,7 @@ def revoke(store: Store, name: str) -> None:
             .values(revoked_at=now())
         )
     if not ended.rowcount:
-        raise EndpointError(f"there is no key {name!r}; `tunewright keys list` shows them")
+        raise _none(name)
 
 
 def rows(connection: Connection) -> list[dict[str, Any]]:
@@ -114,7 +140,7 @@ def rows(connection: Connection) -> list[dict[str, Any]]:
     return [dict(one) for one in connection.execute(query).mappings()]
 
 
-def duration(text: str) -> int:
+def duration(text: str, option: str = "--expires") -> int:
     """Seconds of a duration such as 30d, 12h or 90m.
 
     Raises:
@@ -122,7 +148,7 @@ def duration(text: str) -> int:
     """
     found = re.fullmatch(r"([0-9]{1,6})([mhdw])", text)
     if not found or not int(found[1]):
-        raise EndpointError(f"--expires {text}: not a duration such as 90m, 12h, 30d or 4w")
+        raise EndpointError(f"{option} {text}: not a duration such as 90m, 12h, 30d or 4w")
     return int(found[1]) * UNITS[found[2]]
 
 
@@ -166,6 +192,10 @@ class Keyring:
         """Look everything up again."""
         with self._lock:
             self._known.clear()
+
+
+def _none(name: str) -> EndpointError:
+    return EndpointError(f"there is no key {name!r}; `tunewright keys list` shows them")
 
 
 def _alive(one: dict[str, Any]) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import re
 import shutil
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,6 +40,8 @@ class Target:
     """An adapter's or a whole model's folder; None for the base itself."""
     kind: Literal["base", "adapter", "full"]
     created: int
+    retires: int | None = None
+    """When a base stops answering under its name."""
 
     @property
     def engine(self) -> str:
@@ -96,13 +99,22 @@ def delete_model(request: Request, _caller: Training, model: str) -> dict[str, A
 
 
 def add_base(
-    database: Store, name: str, source: str, *, revision: str | None = None, overrides: Sequence[str] = ()
+    database: Store,
+    name: str,
+    source: str,
+    *,
+    revision: str | None = None,
+    overrides: Sequence[str] = (),
+    retires_at: int | None = None,
+    fine_tune_until: int | None = None,
 ) -> None:
     """Let clients call a base by a name; an earlier meaning of the name is replaced.
 
     Args:
         source: hub name, folder or starter, known to be a model (see `tunewright.models.find`).
         overrides: `key=value`, as after `--set`: how jobs on this base train.
+        retires_at: when the base stops answering by this name; what was tuned from it goes on.
+        fine_tune_until: when jobs on the base, and on what was tuned from it, are no longer taken.
 
     Raises:
         ModelError: the name could not be sent, or could be taken for a tuned model's.
@@ -113,7 +125,13 @@ def add_base(
         connection.execute(delete(tables.bases).where(tables.bases.c.name == name))
         connection.execute(
             insert(tables.bases).values(
-                name=name, source=source, revision=revision, recipe=list(overrides), created_at=now()
+                name=name,
+                source=source,
+                revision=revision,
+                recipe=list(overrides),
+                created_at=now(),
+                retires_at=retires_at,
+                fine_tune_until=fine_tune_until,
             )
         )
 
@@ -150,9 +168,8 @@ def known(connection: Connection, data: Path, name: str) -> Target | None:
         said = {key: tuned[key] for key in ("base", "source", "revision", "kind")}
         return Target(name, folder=data / tuned["folder"], created=tuned["created_at"], **said)
     if (base := store.row(connection, tables.bases, name=name)) is not None:
-        return Target(
-            name, name, base["source"], base["revision"], folder=None, kind="base", created=base["created_at"]
-        )
+        said = {"folder": None, "kind": "base", "created": base["created_at"], "retires": base["retires_at"]}
+        return Target(name, name, base["source"], base["revision"], **said)
     return None
 
 
@@ -160,9 +177,25 @@ def find_trainable(server: Server, name: str) -> Target:
     """What a job starts from: a base, or a tuned model whose adapter it goes on with.
 
     Raises:
-        ApiError: 404, there is no such model.
+        ApiError: 404, there is no such model; 400, it takes no more jobs.
     """
-    return find(server, name)
+    found = find(server, name)
+    with server.store.begin() as connection:
+        base = store.row(connection, tables.bases, name=found.base)
+    until = [] if base is None else [base[key] for key in ("fine_tune_until", "retires_at") if base[key] is not None]
+    if until and min(until) <= now():
+        raise ApiError(
+            400,
+            f"The model '{name[:128]}' has taken no new fine-tuning jobs since {day(min(until))}.",
+            param="model",
+            code="model_not_available",
+        )
+    return found
+
+
+def day(at: int) -> str:
+    """The day (UTC) of a time, such as 2027-01-06."""
+    return time.strftime("%Y-%m-%d", time.gmtime(at))
 
 
 def unknown(name: str) -> ApiError:
@@ -212,7 +245,7 @@ def named_bases(connection: Connection) -> list[dict[str, Any]]:
 def _base_shape(base: dict[str, Any]) -> dict[str, Any]:
     shown = {"id": base["name"], "object": "model", "created": base["created_at"], "owned_by": "system"}
     if base["retires_at"] is not None:
-        shown["shutdown_date"] = base["retires_at"]
+        shown["shutdown_date"] = day(base["retires_at"])
     return shown
 
 

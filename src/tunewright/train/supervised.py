@@ -138,18 +138,24 @@ class SupervisedTrainer(Steps, Sharded, Exact):
             self.stop("loss", f"has risen to {loss:.2f}", self.state.global_step + 1)
 
     def evaluate(self, eval_dataset: Any = None, *_: Any, **__: Any) -> dict[str, float]:
-        """Mean loss over the validation rows' targets, each target counting the same; for classes, also the accuracy
-        by label scores, as the evaluation after training has it."""
+        """Mean loss and accuracy over the validation rows' targets, each target counting the same; for classes, also
+        the accuracy by label scores, as the evaluation after training has it."""
         rows: Rows = eval_dataset or self.eval_dataset
         renderings = [rows.store[row] for row in range(len(rows))]
         self.model.eval()
         with torch.autocast(self.args.device.type, torch.bfloat16, enabled=self.args.bf16):
-            results = self.completer.losses(renderings)
+            told = self.completer.tell(renderings)
             accuracy = {} if self.labels is None else {"eval_accuracy": self._accuracy(renderings, self.labels)}
         self.model.train()
-        loss = sum(total for total, _ in results) / sum(count for _, count in results)
+        targets = sum(len(one.logprobs) for one in told)
+        loss = sum(one.loss for one in told) / targets
         self.refuse_nan("validation loss", torch.tensor(loss), self.state.global_step)
-        metrics = {"eval_loss": loss, "eval_perplexity": math.exp(min(loss, 700.0)), **accuracy}
+        metrics = {
+            "eval_loss": loss,
+            "eval_perplexity": math.exp(min(loss, 700.0)),
+            "eval_mean_token_accuracy": sum(one.right for one in told) / targets,
+            **accuracy,
+        }
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
