@@ -32,6 +32,7 @@ from management_client import (
     deployment,
     sdk,
 )
+from sqlalchemy import update
 
 from server_running import Running
 from tunewright.server import account_keys, keys, management, models, store, tables
@@ -301,6 +302,21 @@ def test_usages_add_up_capacity(served: Running) -> None:
         account = client.accounts.list_usages("local", "local", **PLAIN)
         assert {one.name.value: one.current_value for one in account.value} == found
         assert list(client.usages.list("elsewhere", **PLAIN)) == []
+
+
+def test_a_developer_deployment_is_removed_after_a_day(served: Running) -> None:
+    add_base(served.server, "small")
+    for name, sku in (("old", "Developer"), ("new", "developertier"), ("standard", "Standard")):
+        body = deployment("small", capacity=1)
+        deployed(served, name, body | {"sku": body["sku"] | {"name": sku}})
+    table = tables.deployments
+    with served.server.store.begin() as connection:
+        old = table.c.name.in_(("old", "standard"))
+        connection.execute(update(table).where(old).values(created_at=store.now() - 86400))
+    management.remove_expired(served.server)
+    assert [call(served, "GET", f"{LOCAL}/deployments/{name}")[0] for name in ("old", "new", "standard")] == [
+        404, 200, 200,
+    ]  # fmt: skip
 
 
 def test_models_have_their_dates_of_retirement(served: Running) -> None:

@@ -46,7 +46,7 @@ SETTLE_S = 0.5
 FLUSH_S = 1.0
 """How often what was used is written down."""
 EXPIRE_S = 60.0
-"""How often files whose time is over are removed."""
+"""How often files and deployments whose time is over are removed."""
 
 
 def create_app(server: Server) -> FastAPI:
@@ -131,6 +131,7 @@ async def _background(server: Server) -> AsyncIterator[None]:
 
 async def _remove_expired(server: Server) -> None:
     await asyncio.to_thread(files.remove_expired, server)
+    await asyncio.to_thread(management.remove_expired, server)
 
 
 async def _every(seconds: float, stop: asyncio.Event, do: Callable[[], Awaitable[None]]) -> None:

@@ -6,14 +6,14 @@ A deployment is a name under which a model answers, with a quota and a content f
 server has seen that its weights are there (`settle`), then Succeeded, or Failed with the reason. One that serves goes
 on serving while it is changed.
 
-What is not as on Azure: all kinds of deployment (sku) run on this machine, so Standard, GlobalStandard,
-DataZoneStandard and Developer are one thing, and a Developer deployment is not removed after 24 hours; nor is one
-that nobody asks. Dates of retirement are shown and stop nothing. Versions are kept as they were given: a base's name
-means one model here.
+What is not as on Azure: all kinds of deployment (sku) run on this machine, so Standard, GlobalStandard and
+DataZoneStandard are one thing; Developer differs in that it is removed after 24 hours. A deployment that nobody asks
+stays. Versions are kept as they were given: a base's name means one model here.
 """
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -36,6 +36,8 @@ from tunewright.server.state import Server
 from tunewright.server.store import now
 from tunewright.server.web import Admin
 
+logger = logging.getLogger("tunewright.server")
+
 SKUS = {
     "standard": "Standard",
     "globalstandard": "GlobalStandard",
@@ -43,7 +45,9 @@ SKUS = {
     "developer": "Developer",
     "developertier": "Developer",
 }
-"""Kinds of deployment, which differ in their names alone."""
+"""Kinds of deployment, which all run here."""
+DEVELOPER, DEVELOPER_S = "Developer", 86400
+"""The kind that is for trying a model out, and how long such a deployment stays."""
 POOL = 1_000_000
 """Thousands of tokens a minute that all deployments of one model and sku in a region may have together."""
 FORMAT, VERSION = "OpenAI", "1"
@@ -206,6 +210,20 @@ def settle(server: Server) -> None:
             same = (table.c.number == row["number"], table.c.state == "Creating", table.c.model == row["model"])
             connection.execute(update(table).where(*same).values(**values))
     if settled:
+        server.routes.forget()
+
+
+def remove_expired(server: Server) -> None:
+    """End the Developer deployments whose day is over."""
+    table = tables.deployments
+    with server.store.begin() as connection:
+        old = select(table).where(table.c.created_at <= now() - DEVELOPER_S)
+        over = [row for row in connection.execute(old).mappings() if row["sku"]["name"] == DEVELOPER]
+        for row in over:
+            connection.execute(delete(table).where(table.c.number == row["number"]))
+    for row in over:
+        logger.info("the Developer deployment %s of %s has been removed after 24 hours", row["shown"], row["account"])
+    if over:
         server.routes.forget()
 
 
