@@ -23,10 +23,11 @@ from safetensors import safe_open
 from sqlalchemy import select
 
 from server_running import Running
+from tunewright.errors import RecipeError
 from tunewright.run import Run
-from tunewright.server import models, tables
+from tunewright.server import models, store, tables
 from tunewright.server.state import Server
-from tunewright.server.worker import CHECKING, TRAINING, Worker, claim, results_csv
+from tunewright.server.worker import CHECKING, TRAINING, Worker, claim, recipe_of, results_csv
 
 FINAL = ("succeeded", "failed", "cancelled")
 
@@ -277,28 +278,31 @@ def test_a_worker_that_is_asked_to_stop_gives_its_job_back(served: Running, base
         assert wait(client, job.id).status == "succeeded"
 
 
+ASK = [{"role": "user", "content": "say it"}]
+PAIR = {
+    "input": {"messages": ASK},
+    "preferred_output": [{"role": "assistant", "content": "lovely"}],
+    "non_preferred_output": [{"role": "assistant", "content": "awful"}],
+}
+GRADER = {"type": "string_check", "name": "g", "operation": "like", "reference": "{{ item.answer }}"}
+GRADER["input"] = "{{ sample.output_text }}"
+ONE_EPOCH = {"batch_size": 2, "n_epochs": 1}
+METHODS: dict[str, tuple[list[Any], dict[str, Any]]] = {
+    "preference": ([PAIR] * 12, {"type": "dpo", "dpo": {"hyperparameters": {"beta": 0.3, **ONE_EPOCH}}}),
+    "reward": (
+        [{"messages": ASK, "answer": "e"}] * 12,
+        {"type": "reinforcement", "reinforcement": {"grader": GRADER, "hyperparameters": ONE_EPOCH}},
+    ),
+}
+
+
 @pytest.mark.parametrize("database", ["sqlite"], indirect=True)
 def test_pairs_and_prompts_with_a_grader_become_runs_of_their_kind(served: Running, model_folder: Path) -> None:
     """Their files are read and their numbers settled; what training then does is the training's own tests'."""
     client = served.client()
     sets = ["train.use_cpu=true", "tracking.enabled=false"]
     models.add_base(served.server.store, "tiny-2", str(model_folder), overrides=sets)
-    ask = [{"role": "user", "content": "say it"}]
-    pair = {
-        "input": {"messages": ask},
-        "preferred_output": [{"role": "assistant", "content": "lovely"}],
-        "non_preferred_output": [{"role": "assistant", "content": "awful"}],
-    }
-    grader = {"type": "string_check", "name": "g", "operation": "eq", "reference": "{{ item.answer }}"}
-    grader["input"] = "{{ sample.output_text }}"
-    cases: dict[str, tuple[list[Any], dict[str, Any]]] = {
-        "preference": ([pair] * 12, {"type": "dpo", "dpo": {"hyperparameters": {"beta": 0.3, "batch_size": 2}}}),
-        "reward": (
-            [{"messages": ask, "answer": "lovely"}] * 12,
-            {"type": "reinforcement", "reinforcement": {"grader": grader, "hyperparameters": {"batch_size": 2}}},
-        ),
-    }
-    for task, (rows, method) in cases.items():
+    for task, (rows, method) in METHODS.items():
         file = upload(served, rows)
         job = client.fine_tuning.jobs.create(model="tiny-2", training_file=file, validation_file=file, method=method)  # type: ignore[arg-type]
         stop = threading.Event()
@@ -313,6 +317,62 @@ def test_pairs_and_prompts_with_a_grader_become_runs_of_their_kind(served: Runni
         assert recipe.task == task
         assert recipe.train.batch_size == {"preference": 2, "reward": 16}[task]
         client.fine_tuning.jobs.cancel(job.id)
+
+
+@pytest.mark.parametrize("database", ["sqlite"], indirect=True)
+def test_settings_that_are_not_for_a_job_are_left_out_of_it_by_name(served: Running, model_folder: Path) -> None:
+    server = served.server
+    sets = ["train.lora.r=4", "train.max_length=64", "evaluate.max_new_tokens=8"]
+    models.add_base(server.store, "tiny-2", str(model_folder), overrides=sets)
+    with server.store.begin() as connection:
+        start = models.known(connection, server.settings.data, "tiny-2")
+        assert start is not None
+        models.record(connection, "ft:tiny-2:x", job_id="ftjob-x", start=start, folder="models/x", kind="adapter")
+    rows, method = METHODS["reward"]
+    plain, grading = upload(served, [talk(number) for number in range(12)]), upload(served, rows)
+    for model, more, left in (
+        ("tiny-2", {}, []),
+        ("ft:tiny-2:x", {}, ["train.lora.r=4"]),
+        ("ft:tiny-2:x", {"method": method}, ["train.lora.r=4", "evaluate.max_new_tokens=8"]),
+    ):
+        file = grading if more else plain
+        job = served.client().fine_tuning.jobs.create(model=model, training_file=file, **more)  # type: ignore[arg-type]
+        with server.store.begin() as connection:
+            row = store.row(connection, tables.jobs, id=job.id)
+        assert row is not None
+        recipe, unused = recipe_of(server, row)
+        assert [one.split()[2] for one in unused] == left
+        assert recipe.train.max_length == 64
+        assert (recipe.train.lora.r == 4) == (left == [])
+    models.add_base(server.store, "tiny-2", str(model_folder), overrides=["train.max_length=nine"])
+    with pytest.raises(RecipeError, match="max_length"):
+        recipe_of(server, row | {"model": "tiny-2", "method": {"type": "supervised", "supervised": {}}})
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("database", ["sqlite"], indirect=True)
+@pytest.mark.parametrize("task", METHODS)
+def test_pairs_and_prompts_with_a_grader_end_in_a_model(served: Running, model_folder: Path, task: str) -> None:
+    client = served.client()
+    sets = ["train.use_cpu=true", "train.max_length=64", "tracking.enabled=false", "evaluate.max_new_tokens=8"]
+    sets += ["evaluate.bootstrap=200"] + (["train.grpo.max_completion_length=6"] if task == "reward" else [])
+    models.add_base(served.server.store, "tiny-2", str(model_folder), overrides=sets)
+    rows, method = METHODS[task]
+    file = upload(served, rows)
+    job = client.fine_tuning.jobs.create(model="tiny-2", training_file=file, validation_file=file, method=method)  # type: ignore[arg-type]
+    with working(served.server):
+        done = wait(client, job.id)
+    assert done.status == "succeeded", done.error
+    steps = 6
+    assert sum(message.startswith(f"Step {steps}/{steps}:") for message in messages(client, job.id)) >= 1
+    table = list(csv.DictReader(io.StringIO(served.azure().files.content(done.result_files[0]).text)))
+    assert [row["step"] for row in table if row["train_loss"]] == [str(step + 1) for step in range(steps)]
+    assert bool(table[-1]["valid_loss"]) == (task == "preference")
+    unused = [message for message in messages(client, job.id) if "is not used for this job" in message]
+    assert [message.split()[2] for message in unused] == ["evaluate.max_new_tokens=8"] * (task == "reward")
+    assert client.fine_tuning.jobs.checkpoints.list(job.id).data
+    said = client.chat.completions.create(model=done.fine_tuned_model, messages=ASK, max_tokens=4)  # type: ignore[arg-type]
+    assert said.model == done.fine_tuned_model
 
 
 @pytest.mark.parametrize("database", ["sqlite"], indirect=True)

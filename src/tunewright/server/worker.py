@@ -23,7 +23,7 @@ import shutil
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -305,8 +305,8 @@ def keep_checkpoints(server: Server, claimed: Claim, run: Run) -> None:
             shutil.rmtree(server.settings.data / old, ignore_errors=True)
 
 
-def recipe_of(server: Server, job: dict[str, Any]) -> Recipe:
-    """What a job asks for, as a recipe.
+def recipe_of(server: Server, job: dict[str, Any]) -> tuple[Recipe, list[str]]:
+    """What a job asks for, as a recipe; and which of the operator's settings for all jobs are not for one like this.
 
     Raises:
         TunewrightError: it cannot be one; the message is about the job.
@@ -354,22 +354,46 @@ def recipe_of(server: Server, job: dict[str, Any]) -> Recipe:
         made["grader"] = job["method"][kind]["grader"]
     with server.store.begin() as connection:
         named = store.row(connection, tables.bases, name=start.base)
-    base = recipes.loads(json.dumps(made), job["id"], [*(named["recipe"] if named else ()), *server.settings.overrides])
+    settings = [*(named["recipe"] if named else ()), *server.settings.overrides]
+    base, unused = _with_settings(json.dumps(made), job["id"], settings, plain=task == "chat" and start.kind == "base")
     multiplier = asked.get("learning_rate_multiplier", "auto")
     if multiplier == "auto" or not multiplier:
-        return base
+        return base, unused
     rate = base.train.learning_rate
     if rate is None:
         rate = recipes.default_rate(base.task, base.train.method)
-    return base.model_copy(update={"train": base.train.model_copy(update={"learning_rate": rate * multiplier})})
+    faster = base.train.model_copy(update={"learning_rate": rate * multiplier})
+    return base.model_copy(update={"train": faster}), unused
+
+
+def _with_settings(made: str, job_id: str, settings: Sequence[str], *, plain: bool) -> tuple[Recipe, list[str]]:
+    """A job's recipe with the operator's settings, which were made for supervised jobs on a base (`plain`). One that
+    another kind of job cannot have, such as the form of a fresh adapter where one is gone on with, is left out."""
+    try:
+        return recipes.loads(made, job_id, settings), []
+    except RecipeError:
+        if plain:
+            raise
+    used: list[str] = []
+    unused = []
+    for one in settings:
+        try:
+            recipes.loads(made, job_id, [*used, one])
+            used.append(one)
+        except RecipeError as error:
+            unused.append(f"The setting {one} is not used for this job: {error}")
+    return recipes.loads(made, job_id, used), unused
 
 
 def _run_of(server: Server, claimed: Claim) -> Run:
     """The job's run folder; made, and noted on the job, where there is none yet."""
     if claimed.job["run_id"] is not None:
         return Run.open(server.settings.runs / claimed.job["run_id"])
-    run = run_folders.create(server.settings.runs, recipe_of(server, claimed.job))
+    recipe, unused = recipe_of(server, claimed.job)
+    run = run_folders.create(server.settings.runs, recipe)
     claimed.set(run_id=run.id)
+    for number, message in enumerate(unused):
+        claimed.say(f"unused setting {number}", message, level="warn")
     return run
 
 
