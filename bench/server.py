@@ -1,30 +1,40 @@
 """The server's HTTP layer with engines that echo: requests a second, waiting times, uploads, long lists.
 
 The server has one core to itself and the clients another, where the machine has two. Keys, quota, content filter and
-metrics are on; the deployment's quota is large enough never to refuse. The peer is the same app with nothing on the way
-(one route that answers a constant), so the ratio says what keys, shapes, quota, filter and metrics cost.
+metrics are on; the deployment's quota is large enough never to refuse.
+
+Peers: the same app with nothing on the way (one route that answers a constant), so the ratio says what keys, shapes,
+quota, filter and metrics cost; and LiteLLM's proxy, one worker on the same core, with its key checked, its own mock of
+an answer, and no database. It is installed into an environment of its own (`bench/` beside the interpreter's packages).
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import gc
 import json
 import os
+import socket
 import statistics
 import subprocess
 import sys
 import tempfile
+import threading
 import time
-from collections.abc import Sequence
+import urllib.request
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+import psutil
 
 CONNECTIONS = 64
 SECONDS = 8.0
 REPEATS = 5
 JOBS = 100_000
 UPLOAD = 512 << 20
+LITELLM, LITELLM_KEY = "litellm[proxy]==1.96.2", "sk-bench"
 
 BODY = json.dumps(
     {
@@ -37,27 +47,35 @@ BODY = json.dumps(
 
 def main() -> None:
     """Print the table."""
-    rates: dict[str, list[float]] = {"bare": [], "chat": []}
-    waits: dict[str, list[list[float]]] = {"bare": [], "chat": []}
-    with tempfile.TemporaryDirectory() as folder:
-        server, port, key = _start(Path(folder))
-        try:
-            for _ in range(REPEATS):
-                for name, path in (("bare", "/bare"), ("chat", "/v1/chat/completions")):
-                    found = asyncio.run(_load(port, path, key))
-                    rates[name].append(len(found) / SECONDS)
-                    waits[name].append(sorted(found))
-            listed = _list_jobs(port, key)
-            before, peak = _upload(port, key, server.pid)
-        finally:
-            server.terminate()
-            server.wait()
+    with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as started:
+        server, port, key = _start(Path(folder), started)
+        core = psutil.Process(server.pid).cpu_affinity()
+        rivals = {
+            "one route that answers a constant": (port, "/bare", key),
+            "chat: key, quota, filter, metrics": (port, "/v1/chat/completions", key),
+            "LiteLLM's proxy: key": (_start_litellm(Path(folder), started, core), "/v1/chat/completions", LITELLM_KEY),
+        }
+        rates: dict[str, list[float]] = {name: [] for name in rivals}
+        waits: dict[str, list[list[float]]] = {name: [] for name in rivals}
+        for _ in range(REPEATS):
+            for name, rival in rivals.items():
+                found = asyncio.run(_load(*rival))
+                rates[name].append(len(found) / SECONDS)
+                waits[name].append(sorted(found))
+        listed = _list_jobs(port, key)
+        before, peak = _upload(port, key, server.pid)
     print(f"### The server's HTTP layer, {CONNECTIONS} connections\n")
-    print("| | requests/s (min to max) | p50, ms | p99, ms (min to max) |\n| --- | ---: | ---: | ---: |")
-    for name, shown in (("bare", "one route that answers a constant"), ("chat", "chat: key, quota, filter, metrics")):
-        halves = [1000 * one[len(one) // 2] for one in waits[name]]
-        tails = [1000 * one[int(0.99 * len(one))] for one in waits[name]]
-        print(f"| {shown} | {_spread(rates[name], 0)} | {statistics.median(halves):.1f} | {_spread(tails, 1)} |")
+    print(
+        "| | requests/s (min to max) | times LiteLLM (min to max) | p50, ms | p99, ms (min to max) |\n"
+        "| --- | ---: | ---: | ---: | ---: |"
+    )
+    *_, peer = rivals
+    for name, found in waits.items():
+        halves = [1000 * one[len(one) // 2] for one in found]
+        tails = [1000 * one[int(0.99 * len(one))] for one in found]
+        ratios = [ours / theirs for ours, theirs in zip(rates[name], rates[peer], strict=True)]
+        numbers = (_spread(rates[name], 0), _spread(ratios, 1), f"{statistics.median(halves):.1f}", _spread(tails, 1))
+        print(f"| {name} | {' | '.join(numbers)} |")
     print(f"\nFirst page of {JOBS:,} jobs: {_spread(listed, 1)} ms. ", end="")
     print(f"{UPLOAD >> 20} MB uploaded: {(peak - before) / 1e6:.0f} MB more memory at the peak.\n")
 
@@ -102,13 +120,11 @@ def serve(folder: Path) -> None:
     )
 
 
-def _start(folder: Path) -> tuple[subprocess.Popen[str], int, str]:
-    server = subprocess.Popen(
-        [sys.executable, "-W", "ignore", "-m", "bench.server", str(folder)], stdout=subprocess.PIPE, text=True
-    )
+def _start(folder: Path, started: contextlib.ExitStack) -> tuple[subprocess.Popen[str], int, str]:
+    cores = sorted(os.sched_getaffinity(0))
+    server = _begin([sys.executable, "-W", "ignore", "-m", "bench.server", str(folder)], started)
     assert server.stdout is not None
     said = json.loads(server.stdout.readline())
-    cores = sorted(os.sched_getaffinity(0))
     if len(cores) > 1:
         os.sched_setaffinity(server.pid, cores[:1])
         os.sched_setaffinity(0, cores[1:2])
@@ -116,10 +132,66 @@ def _start(folder: Path) -> tuple[subprocess.Popen[str], int, str]:
     return server, said["port"], said["key"]
 
 
+def _start_litellm(folder: Path, started: contextlib.ExitStack, core: list[int]) -> int:
+    """LiteLLM's proxy, on the same core as the server; gives its port."""
+    config = {
+        "model_list": [
+            {
+                "model_name": "echo",
+                "litellm_params": {"model": "openai/echo", "api_key": "none", "mock_response": "How many letters?"},
+            }
+        ],
+        "general_settings": {"master_key": LITELLM_KEY},
+    }
+    file = folder / "litellm.json"
+    file.write_text(json.dumps(config))
+    with contextlib.closing(socket.create_server(("127.0.0.1", 0))) as free:
+        port: int = free.getsockname()[1]
+    program = _environment("litellm", LITELLM) / "bin" / "litellm"
+    words = [str(program), "--config", str(file), "--host", "127.0.0.1", "--port", str(port), "--num_workers", "1"]
+    environment = {**os.environ, "LITELLM_LOCAL_MODEL_COST_MAP": "True", "LITELLM_LOG": "ERROR"}
+    proxy = _begin(words, started, env=environment, log=folder / "litellm.log")
+    until = time.monotonic() + 120
+    while True:
+        with contextlib.suppress(OSError), urllib.request.urlopen(f"http://127.0.0.1:{port}/health/liveliness"):
+            break
+        ended = proxy.poll() is not None or time.monotonic() > until
+        assert not ended, (folder / "litellm.log").read_text()
+        time.sleep(0.5)
+    process = psutil.Process(proxy.pid)
+    for one in (process, *process.children(recursive=True)):
+        one.cpu_affinity(core)
+    return port
+
+
+def _environment(name: str, *packages: str) -> Path:
+    """A folder with packages that are installed where they are not there yet."""
+    folder = Path(sys.prefix) / "bench" / name
+    stamp, wanted = folder / ".made", "\n".join([sys.version, *packages])
+    if not stamp.is_file() or stamp.read_text() != wanted:
+        subprocess.run([sys.executable, "-m", "venv", "--clear", str(folder)], check=True)
+        subprocess.run([str(folder / "bin" / "pip"), "install", "--quiet", *packages], check=True)
+        stamp.write_text(wanted)
+    return folder
+
+
+def _begin(
+    words: Sequence[str],
+    started: contextlib.ExitStack,
+    *,
+    env: Mapping[str, str] | None = None,
+    log: Path | None = None,
+) -> subprocess.Popen[str]:
+    """A process that ends with `started`; what it says is read by the caller, or goes to `log`."""
+    said = subprocess.PIPE if log is None else started.enter_context(log.open("w"))
+    process = subprocess.Popen(words, stdout=said, stderr=None if log is None else said, text=True, env=env)
+    started.callback(process.wait)
+    started.callback(process.terminate)
+    return process
+
+
 def _deploy(port: int, key: str) -> None:
     """A deployment whose quota is counted and never used up."""
-    import urllib.request
-
     account = "/subscriptions/00000000-0000-0000-0000-000000000000/resourceGroups/local/providers"
     where = f"{account}/Microsoft.CognitiveServices/accounts/local/deployments/fast?api-version=2025-09-01"
     wanted = {
@@ -165,8 +237,6 @@ async def _load(port: int, path: str, key: str) -> list[float]:
 
 def _list_jobs(port: int, key: str) -> list[float]:
     """Milliseconds of each of some requests for the first page."""
-    import urllib.request
-
     taken = []
     for _ in range(20):
         request = urllib.request.Request(
@@ -181,11 +251,6 @@ def _list_jobs(port: int, key: str) -> list[float]:
 
 def _upload(port: int, key: str, pid: int) -> tuple[int, int]:
     """Bytes of memory that the server has before an upload, and at most during it."""
-    import threading
-    import urllib.request
-
-    import psutil
-
     head = (
         b'--edge\r\ncontent-disposition: form-data; name="purpose"\r\n\r\nbatch\r\n--edge\r\n'
         b'content-disposition: form-data; name="file"; filename="z"\r\n\r\n'
