@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -15,13 +16,19 @@ ROOT = Path(__file__).parents[1]
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")])
 
 
-@pytest.mark.parametrize("page", ["cli.md", "recipe.md"])
-def test_generated_pages_are_current(page: str) -> None:
-    spec = importlib.util.spec_from_file_location("make_docs", ROOT / "scripts" / "make_docs.py")
+def loaded(path: str) -> Any:
+    """A file that is no part of a package, as a module."""
+    spec = importlib.util.spec_from_file_location(Path(path).stem, ROOT / path)
     assert spec is not None
     assert spec.loader is not None
-    make_docs = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(make_docs)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize("page", ["cli.md", "recipe.md"])
+def test_generated_pages_are_current(page: str) -> None:
+    make_docs = loaded("scripts/make_docs.py")
     fresh = make_docs.cli_page() if page == "cli.md" else make_docs.recipe_page()
     assert (ROOT / "docs" / page).read_text() == fresh, "run .venv/bin/python scripts/make_docs.py"
 
@@ -48,3 +55,10 @@ def test_links_between_pages_lead_somewhere() -> None:
     for page in PAGES:
         for target in re.findall(r"\]\(([^)#:]+)\)", page.read_text()):
             assert (page.parent / target).exists(), f"{page.name} links to {target}"
+
+
+def test_the_page_of_clients_names_the_versions_that_are_tested() -> None:
+    rows = [row for row in (ROOT / "docs/clients.md").read_text().splitlines() if row.startswith("| `")]
+    for pins in loaded("tests/clients/environments.py").PINS.values():
+        package, version = re.split("==|@", pins[0])
+        assert any(row.startswith(f"| `{package}`") and version in row for row in rows), pins[0]

@@ -128,6 +128,16 @@ def test_the_older_route_can_be_batched_too(echo: Serving) -> None:
         assert answer["response"]["body"]["choices"][0]["text"] == "on"
 
 
+@pytest.mark.parametrize(("endpoint", "url"), [("/chat/completions", "/chat/completions"),
+                                               ("/v1/chat/completions", "/chat/completions")])  # fmt: skip
+def test_azure_leaves_the_version_out_of_a_batch(echo: Serving, endpoint: str, url: str) -> None:
+    with echo.azure() as client:
+        done = wait(client, start(client, [line("a", "one", url=url)], endpoint=endpoint).id, "completed")
+        assert done.endpoint == endpoint
+        [answer] = lines_of(client, done.output_file_id)
+        assert answer["response"]["body"]["choices"][0]["message"]["content"] == "one"
+
+
 def test_a_file_that_is_wrong_fails_the_batch_with_its_lines(echo: Serving) -> None:
     with echo.client() as client:
         lines: list[Any] = ["{", "[1]", line("a", "x"), line("a", "y"), line("b", "x", url="/v1/completions")]

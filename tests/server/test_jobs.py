@@ -64,6 +64,17 @@ def test_a_job_has_every_key_that_openai_promises(served: Running, base: str) ->
     assert served.client().fine_tuning.jobs.checkpoints.list(made.id).data == []
 
 
+def test_without_an_error_openai_sends_one_of_nulls_and_azure_null(served: Running, base: str) -> None:
+    """Clients of the one look into it, and clients of the other ask whether there is one."""
+    file = upload(served)
+    for client, error in (
+        (served.client(), {"code": None, "message": None, "param": None}),
+        (served.azure(), None),
+    ):
+        made = client.fine_tuning.jobs.create(model=base, training_file=file)
+        assert made.to_dict()["error"] == error
+
+
 def test_a_seed_is_made_where_none_is_given(served: Running, base: str) -> None:
     made = served.client().fine_tuning.jobs.create(model=base, training_file=upload(served))
     assert isinstance(made.seed, int)

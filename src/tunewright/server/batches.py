@@ -56,9 +56,13 @@ class OutputExpires(Part):
     seconds: int = Field(ge=3600, le=2592000)
 
 
+Endpoint = Literal["/v1/chat/completions", "/v1/completions", "/chat/completions", "/completions"]
+"""Where a batch's requests go. Azure's clients leave /v1 out, in the batch and in its lines."""
+
+
 class BatchIn(Part):
     input_file_id: str = Field(min_length=1, max_length=128)
-    endpoint: Literal["/v1/chat/completions", "/v1/completions"]
+    endpoint: Endpoint
     completion_window: Literal["24h"]
     metadata: Metadata | None = None
     output_expires_after: OutputExpires | None = None
@@ -248,9 +252,10 @@ class Work:
         request_id = f"req_{secrets.token_hex(16)}"
         raw = json.dumps(asked["body"]).encode()
         status, body = 500, {}
+        kind = KINDS[_with_version(self.batch["endpoint"])]
         for tried in range(RETRIES):
             try:
-                job = await let_in(self.server, caller, KINDS[self.batch["endpoint"]], raw, metered=False)
+                job = await let_in(self.server, caller, kind, raw, metered=False)
                 if job.wanted.stream:
                     raise ApiError(400, "A batch is not streamed.", param="stream", code="invalid_value")
                 status, body = 200, await job.reply()
@@ -420,7 +425,7 @@ def _wrong(line: bytes, endpoint: str, seen: set[str]) -> tuple[str, str, str | 
     checks: dict[str, Callable[[Any], bool]] = {
         "custom_id": lambda value: isinstance(value, str) and bool(value),
         "method": lambda value: value == "POST",
-        "url": lambda value: value == endpoint,
+        "url": lambda value: isinstance(value, str) and _with_version(value) == _with_version(endpoint),
         "body": lambda value: isinstance(value, dict),
     }
     for name, holds in checks.items():
@@ -437,6 +442,11 @@ def _wrong(line: bytes, endpoint: str, seen: set[str]) -> tuple[str, str, str | 
         )
     seen.add(asked["custom_id"])
     return None
+
+
+def _with_version(endpoint: str) -> str:
+    """An endpoint as OpenAI writes it."""
+    return endpoint if endpoint.startswith("/v1/") else f"/v1{endpoint}"
 
 
 def _problem(code: str, message: str, param: str | None = None, line: int | None = None) -> dict[str, Any]:

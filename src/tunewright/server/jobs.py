@@ -301,12 +301,14 @@ def say(
 
 
 def shape(job: dict[str, Any]) -> dict[str, Any]:
-    """A job as clients see it: every key is there, null where it has no value."""
+    """A job as clients see it: every key is there, null where it has no value. Without an error, OpenAI sends one of
+    nulls, into which its clients look, and Azure sends null, for which its clients ask."""
+    no_error = None if job["surface"] == "azure" else {"code": None, "message": None, "param": None}
     return {
         "id": job["id"],
         "object": "fine_tuning.job",
         "created_at": job["created_at"],
-        "error": job["error"] or {"code": None, "message": None, "param": None},
+        "error": job["error"] or no_error,
         "fine_tuned_model": job["fine_tuned_model"],
         "finished_at": job["finished_at"],
         "hyperparameters": job["hyperparameters"],
