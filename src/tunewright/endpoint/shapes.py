@@ -20,6 +20,8 @@ from tunewright.endpoint.answers import Call, End, Piece
 from tunewright.endpoint.spelling import Speller
 from tunewright.generate import Token
 
+MESSAGE, PARAM = 4000, 256
+"""Characters of an error at most: what a client sent is repeated in it."""
 UNLIKELY = -9999.0
 """What OpenAI writes for a log-probability that JSON has no number for."""
 
@@ -37,9 +39,11 @@ class ApiError(Exception):
         code: str | None = None,
         headers: Mapping[str, str] | None = None,
     ) -> None:
+        message = _sayable(message, MESSAGE)
         super().__init__(message)
         self.status = status
         self.headers = dict(headers or {})
+        param = param if param is None else _sayable(param, PARAM)
         self.body: dict[str, Any] = {"error": {"message": message, "type": kind, "param": param, "code": code}}
 
     @classmethod
@@ -181,7 +185,7 @@ class Part(BaseModel):
 def _object(value: str) -> str:
     try:
         given = json.loads(value)
-    except ValueError:
+    except (ValueError, RecursionError):
         given = None
     if not isinstance(given, dict):
         raise PydanticCustomError("arguments", "the arguments of a call are a JSON object, as text")
@@ -594,6 +598,12 @@ def model_card(name: str, created: int) -> dict[str, Any]:
 def event(value: dict[str, Any]) -> str:
     """One server-sent event. ASCII, since some clients split lines at U+2028 and its kin too."""
     return f"data: {json.dumps(value, allow_nan=False)}\n\n"
+
+
+def _sayable(text: str, most: int) -> str:
+    """What an answer can carry: no half of a surrogate pair, and not all of what was too long."""
+    shown = text if len(text) <= most else f"{text[:most]}..."
+    return shown if shown.isascii() else shown.encode("utf-8", "backslashreplace").decode()
 
 
 def _refuse(given: Mapping[str, Any], refused: Mapping[str, tuple[str, tuple[Any, ...]]], where: str = "") -> None:

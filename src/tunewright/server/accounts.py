@@ -29,7 +29,7 @@ KINDS = {"openai": "OpenAI", "aiservices": "AIServices", "cognitiveservices": "C
 PURGED_AFTER_S = 48 * 3600
 """Azure purges a deleted account by itself after 48 hours. Here it waits until somebody does; the date is shown."""
 
-router = APIRouter(tags=["management"])
+router = APIRouter(tags=["management"], route_class=web.Route)
 
 Tags = Annotated[
     dict[Annotated[str, Field(max_length=512)], Annotated[str, Field(max_length=256)]], Field(max_length=50)

@@ -12,10 +12,12 @@ from fastapi import APIRouter, FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response
 from pydantic_core import ErrorDetails
+from sqlalchemy.exc import OperationalError
+from sqlalchemy.exc import TimeoutError as PoolTimeout
 from starlette.exceptions import HTTPException
 
 from tunewright import __version__
-from tunewright.endpoint.diary import Diary
+from tunewright.endpoint.diary import Diary, entry
 from tunewright.endpoint.shapes import ApiError, explained
 from tunewright.server import (
     accounts,
@@ -73,6 +75,8 @@ def create_app(server: Server) -> FastAPI:
     app.add_exception_handler(ApiError, _api_error)
     app.add_exception_handler(RequestValidationError, _invalid)
     app.add_exception_handler(HTTPException, _http_error)
+    app.add_exception_handler(OperationalError, _database_error)
+    app.add_exception_handler(PoolTimeout, _database_error)
     for prefix in PREFIXES:
         for router in ROUTERS:
             app.include_router(router, prefix=prefix, include_in_schema=prefix == "/v1")
@@ -154,6 +158,19 @@ async def _api_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, ApiError)
     body = arm.body(error) if web.surface(request.url.path) == "management" else error.body
     return JSONResponse(body, error.status, error.headers)
+
+
+async def _database_error(request: Request, error: Exception) -> Response:
+    """The database is away, or has more to do than it can: later perhaps not."""
+    logger.error("%s: the database does not answer", entry(request).id, exc_info=error)
+    said = ApiError(
+        503,
+        f"The database does not answer; the server's log has the reason under {entry(request).id}. Try again later.",
+        kind="server_error",
+        code="database_unavailable",
+        headers={"retry-after": "1"},
+    )
+    return await _api_error(request, said)
 
 
 async def _invalid(request: Request, error: Exception) -> Response:

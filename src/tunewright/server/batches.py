@@ -48,7 +48,7 @@ RETRIES = 3
 """How often a request is tried whose engine ended."""
 WORKED_ON = ("validating", "in_progress", "finalizing", "cancelling")
 
-router = APIRouter(tags=["batches"])
+router = APIRouter(tags=["batches"], route_class=web.Route)
 
 
 class OutputExpires(Part):
@@ -413,7 +413,7 @@ def _wrong(line: bytes, endpoint: str, seen: set[str]) -> tuple[str, str, str | 
     """What is wrong with a line: code, message, parameter."""
     try:
         asked = json.loads(line)
-    except ValueError:
+    except (ValueError, RecursionError):
         return "invalid_json_line", "This line is not JSON.", None
     if not isinstance(asked, dict):
         return "invalid_json_line", "This line is not a JSON object.", None

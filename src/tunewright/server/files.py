@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from typing import Annotated, Any, Literal
+from urllib.parse import quote
 
 from fastapi import APIRouter, Query, Request
 from fastapi.concurrency import run_in_threadpool
@@ -32,7 +33,7 @@ UPLOAD_S = 3600
 Purpose = Literal["assistants", "batch", "fine-tune", "vision", "user_data", "evals"]
 PURPOSES = ("assistants", "batch", "fine-tune", "vision", "user_data", "evals")
 
-router = APIRouter(tags=["files"])
+router = APIRouter(tags=["files"], route_class=web.Route)
 
 
 class ExpiresAfter(Part):
@@ -121,6 +122,8 @@ def list_files(
 ) -> dict[str, Any]:
     query = select(tables.files).where(_alive())
     if purpose is not None:
+        if not store.storable(purpose):
+            raise ApiError(400, "Invalid 'purpose': there is none such.", param="purpose", code="invalid_value")
         query = query.where(tables.files.c.purpose == purpose)
     with web.server(request).store.begin() as connection:
         return web.listed(
@@ -158,8 +161,7 @@ def file_content(request: Request, caller: Training, file_id: str) -> Response:
         import base64
 
         chunks = iter([base64.b64encode(b"".join(chunks))])
-    name = re.sub(r'[^\x20-\x7e]|["\\]', "_", file["filename"])
-    headers = {"content-disposition": f'attachment; filename="{name}"', "x-content-type-options": "nosniff"}
+    headers = {"content-disposition": _disposition(file["filename"]), "x-content-type-options": "nosniff"}
     return StreamingResponse(chunks, media_type="application/octet-stream", headers=headers)
 
 
@@ -362,7 +364,7 @@ def _expires_s(form: FormData) -> int | None:
     if anchor is None and seconds is None:
         return None
     said = str(seconds)
-    if anchor != "created_at" or not said.isdigit() or not 3600 <= int(said) <= 2592000:
+    if anchor != "created_at" or not re.fullmatch(r"[0-9]{1,9}", said) or not 3600 <= int(said) <= 2592000:
         raise ApiError(
             400,
             "Invalid 'expires_after': anchor is created_at, seconds is from 3600 to 2592000.",
@@ -430,9 +432,16 @@ def _upload_shape(upload: dict[str, Any], file: dict[str, Any] | None = None) ->
 
 
 def _plain_name(name: str) -> str:
-    """The last part of a path, without characters that a terminal or a header would act on."""
+    """The last part of a path, without characters that a terminal or a header would act on, or that no text has."""
     last = re.split(r"[/\\]", name)[-1]
-    return re.sub(r"[\x00-\x1f\x7f]", "_", last)[:255] or "file"
+    return re.sub(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]", "_", last)[:255] or "file"
+
+
+def _disposition(name: str) -> str:
+    """The header that says under which name to keep a file: in ASCII for all, and as it is for those who read that."""
+    plain = re.sub(r'[^\x20-\x7e]|["\\%]', "_", name)
+    said = f'attachment; filename="{plain}"'
+    return said if plain == name else f"{said}; filename*=UTF-8''{quote(name, safe='')}"
 
 
 def _alive() -> Any:

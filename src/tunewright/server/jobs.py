@@ -25,7 +25,7 @@ from tunewright.server.web import After, Limit20, Training
 FINAL = ("succeeded", "failed", "cancelled")
 ORGANIZATION = "org-tunewright"
 
-router = APIRouter(tags=["fine-tuning"])
+router = APIRouter(tags=["fine-tuning"], route_class=web.Route)
 
 Auto = Literal["auto"]
 Epochs = Annotated[int, Field(ge=1, le=50)] | Auto | None
@@ -122,8 +122,6 @@ def create_job(request: Request, caller: Training, wanted: JobIn) -> dict[str, A
             param="integrations",
             code="unsupported_parameter",
         )
-    if wanted.metadata and any("\x00" in text for pair in wanted.metadata.items() for text in pair):
-        raise ApiError(400, "Invalid 'metadata': it holds a NUL character.", param="metadata", code="invalid_value")
     for param in ("training_file", "validation_file"):
         if (file_id := getattr(wanted, param)) is not None:
             found = files.find(server, file_id, param=param)

@@ -51,7 +51,7 @@ DATED = re.compile(r"(.+)-(\d{4}-\d{2}-\d{2})")
 """A base's name that ends in its version, as clients send it to fine-tune: gpt-4.1-mini-2025-04-14."""
 UPGRADES = ("OnceNewDefaultVersionAvailable", "OnceCurrentVersionExpired", "NoAutoUpgrade")
 
-router = APIRouter(tags=["management"])
+router = APIRouter(tags=["management"], route_class=web.Route)
 router.include_router(accounts.router)
 router.include_router(policies.router)
 

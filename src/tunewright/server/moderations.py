@@ -14,7 +14,7 @@ from tunewright.server import web
 from tunewright.server.store import new_id
 from tunewright.server.web import Inference
 
-router = APIRouter(tags=["moderations"])
+router = APIRouter(tags=["moderations"], route_class=web.Route)
 
 MODEL = "tunewright-moderation"
 OPENAI = {

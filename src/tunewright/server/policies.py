@@ -19,7 +19,7 @@ from tunewright.server.state import Server
 from tunewright.server.store import now
 from tunewright.server.web import Admin
 
-router = APIRouter(tags=["management"])
+router = APIRouter(tags=["management"], route_class=web.Route)
 
 POLICIES = f"{arm.ACCOUNT}/raiPolicies"
 LISTS = f"{arm.ACCOUNT}/raiBlocklists"

@@ -80,7 +80,9 @@ REFUSED = {
 async def create_response(request: Request) -> Response:
     caller = await web.authenticated(request, "inference")
     server = web.server(request)
-    wanted = _read(await request.body())
+    raw = await request.body()
+    wanted = _read(raw)
+    await web.check_storable(raw)
     said = await _earlier(server, caller, wanted)
     said += _messages(wanted)
     try:
