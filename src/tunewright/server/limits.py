@@ -28,13 +28,11 @@ class BodyLimit:
 
     Args:
         limit: bytes that a request to a path may bring.
-        body_s: see `BODY_S`.
     """
 
-    def __init__(self, app: ASGIApp, *, limit: Callable[[str], int], body_s: float = BODY_S) -> None:
+    def __init__(self, app: ASGIApp, *, limit: Callable[[str], int]) -> None:
         self.app = app
         self.limit = limit
-        self.body_s = body_s
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -56,7 +54,7 @@ class BodyLimit:
                 return await receive()
             began = time.monotonic()
             try:
-                async with asyncio.timeout(self.body_s + taken / BODY_RATE - waited_s):
+                async with asyncio.timeout(BODY_S + taken / BODY_RATE - waited_s):
                     message = await receive()
             except TimeoutError:
                 error = too_slow(taken)
