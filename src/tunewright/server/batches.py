@@ -94,7 +94,7 @@ def create_batch(request: Request, caller: Inference, wanted: BatchIn) -> dict[s
 
 @router.get("/batches")
 def list_batches(request: Request, _caller: Inference, after: After = None, limit: Limit20 = 20) -> dict[str, Any]:
-    with web.server(request).store.begin() as connection:
+    with web.server(request).store.read() as connection:
         query = select(tables.batches)
         return web.listed(connection, query, tables.batches, shape, after=after, limit=limit, what="batch")
 
@@ -356,7 +356,7 @@ class Work:
 
     def _caller(self) -> Caller:
         """In whose name the requests are asked."""
-        with self.server.store.begin() as connection:
+        with self.server.store.read() as connection:
             row = store.row(connection, tables.keys, id=self.batch["key_id"])
         if row is None:
             return Caller(Key(self.batch["key_id"], "", "inference", None), "openai")
@@ -446,7 +446,7 @@ def _problem(code: str, message: str, param: str | None = None, line: int | None
 def _find(server: Server, batch_id: str) -> dict[str, Any]:
     found = None
     if batch_id.isprintable():  # PostgreSQL takes no NUL
-        with server.store.begin() as connection:
+        with server.store.read() as connection:
             found = store.row(connection, tables.batches, id=batch_id)
     if found is None:
         raise web.not_found("batch", batch_id[:128], param="batch_id")

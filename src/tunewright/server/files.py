@@ -125,7 +125,7 @@ def list_files(
         if not store.storable(purpose):
             raise ApiError(400, "Invalid 'purpose': there is none such.", param="purpose", code="invalid_value")
         query = query.where(tables.files.c.purpose == purpose)
-    with web.server(request).store.begin() as connection:
+    with web.server(request).store.read() as connection:
         return web.listed(
             connection,
             query,
@@ -195,7 +195,7 @@ async def add_part(request: Request, _caller: Training, upload_id: str) -> dict[
 def complete_upload(request: Request, _caller: Training, upload_id: str, wanted: CompleteIn) -> dict[str, Any]:
     server = web.server(request)
     upload = _pending(server, upload_id)
-    with server.store.begin() as connection:
+    with server.store.read() as connection:
         query = select(tables.parts).where(tables.parts.c.upload_id == upload_id)
         known = {part["id"]: part for part in connection.execute(query).mappings()}
     for part_id in wanted.part_ids:
@@ -269,7 +269,7 @@ def find(server: Server, file_id: str, *, param: str = "id") -> dict[str, Any]:
     Raises:
         ApiError: 404, there is none (any more).
     """
-    with server.store.begin() as connection:
+    with server.store.read() as connection:
         found = store.row(connection, tables.files, id=file_id)
     if found is None or (found["expires_at"] is not None and found["expires_at"] <= now()):
         raise web.not_found("File object", file_id[:128], param=param)
@@ -390,7 +390,7 @@ def _keep_part(server: Server, upload_id: str, sent: UploadFile) -> dict[str, An
 
 
 def _pending(server: Server, upload_id: str) -> dict[str, Any]:
-    with server.store.begin() as connection:
+    with server.store.read() as connection:
         upload = store.row(connection, tables.uploads, id=upload_id)
     if upload is None:
         raise web.not_found("Upload", upload_id[:128], param="upload_id")

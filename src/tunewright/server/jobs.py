@@ -179,7 +179,7 @@ def list_jobs(request: Request, _caller: Training, after: After = None, limit: L
         query = query.where(
             exists().where(pairs.c.job_id == tables.jobs.c.id, pairs.c.key == key, pairs.c.value == value)
         )
-    with web.server(request).store.begin() as connection:
+    with web.server(request).store.read() as connection:
         found = web.listed(connection, query, tables.jobs, shape, after=after, limit=limit, what="job")
     return {"object": "list", "data": found["data"], "has_more": found["has_more"]}
 
@@ -224,7 +224,7 @@ def list_events(
     server = web.server(request)
     retrieve(server, job_id)
     query = select(tables.events).where(tables.events.c.job_id == job_id)
-    with server.store.begin() as connection:
+    with server.store.read() as connection:
         found = web.listed(connection, query, tables.events, event_shape, after=after, limit=limit, what="event")
     return {"object": "list", "data": found["data"], "has_more": found["has_more"]}
 
@@ -240,7 +240,7 @@ def list_checkpoints(
     server = web.server(request)
     retrieve(server, job_id)
     query = select(tables.checkpoints).where(tables.checkpoints.c.job_id == job_id)
-    with server.store.begin() as connection:
+    with server.store.read() as connection:
         return web.listed(
             connection,
             query,
@@ -258,7 +258,7 @@ def retrieve(server: Server, job_id: str) -> dict[str, Any]:
     Raises:
         ApiError: 404, there is none.
     """
-    with server.store.begin() as connection:
+    with server.store.read() as connection:
         job = store.row(connection, tables.jobs, id=job_id)
     if job is None:
         raise ApiError(

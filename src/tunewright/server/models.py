@@ -50,7 +50,7 @@ class Target:
 @router.get("/models")
 def list_models(request: Request, _caller: Inference) -> dict[str, Any]:
     server = web.server(request)
-    with server.store.begin() as connection:
+    with server.store.read() as connection:
         named = [dict(one) for one in connection.execute(select(tables.bases)).mappings()]
         tuned = [dict(one) for one in connection.execute(select(tables.models)).mappings()]
     data = [_base_shape(one) for one in named] + [_tuned_shape(one) for one in tuned if not one["checkpoint"]]
@@ -59,7 +59,7 @@ def list_models(request: Request, _caller: Inference) -> dict[str, Any]:
 
 @router.get("/models/{model:path}")
 def retrieve_model(request: Request, _caller: Inference, model: str) -> dict[str, Any]:
-    with web.server(request).store.begin() as connection:
+    with web.server(request).store.read() as connection:
         if (tuned := store.row(connection, tables.models, id=model)) is not None:
             return _tuned_shape(tuned)
         if (named := store.row(connection, tables.bases, name=model)) is not None:
@@ -135,7 +135,7 @@ def find(server: Server, name: str) -> Target:
     Raises:
         ApiError: 404, nothing does.
     """
-    with server.store.begin() as connection:
+    with server.store.read() as connection:
         found = known(connection, server.settings.data, name)
     if found is None:
         raise unknown(name)

@@ -331,7 +331,7 @@ def _find(server: Server, caller: Caller, response_id: str) -> dict[str, Any]:
     """A response's row; only for the key that it was written for, and for administrators."""
     found = None
     if response_id.isprintable():  # PostgreSQL takes no NUL
-        with server.store.begin() as connection:
+        with server.store.read() as connection:
             found = store.row(connection, tables.responses, id=response_id)
     if found is None or (found["key_id"] != caller.key.id and not caller.key.opens("admin")):
         raise web.not_found("response", response_id[:128], param="response_id")
