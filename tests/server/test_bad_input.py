@@ -13,14 +13,13 @@ import httpx2
 import pytest
 from echoing import echoing
 from management_client import LOCAL, add_base, deployed, deployment
-from routes import OPEN, Route, check_error, routes
+from routes import GOOD, OPEN, ROWS, Route, check_error, kind_of, routes
 
 from endpoint_fixtures import running
 from server_running import Running
 from tunewright.server import keys
 from tunewright.server.state import Server
 
-ROWS = b'{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}\n' * 12
 JSON = {"content-type": "application/json"}
 
 
@@ -229,107 +228,6 @@ def test_every_route_with_names_that_nobody_has(echo: Running, one_surface: list
                         check_error(reply, 400, 404, 405)
 
 
-GRADER = {"type": "string_check", "name": "g", "input": "{{ sample.output_text }}", "operation": "eq", "reference": "a"}
-FUNCTION = {"name": "f", "description": "d", "parameters": {"type": "object", "properties": {"a": {"type": "string"}}}}
-CALL = {"id": "c", "type": "function", "function": {"name": "f", "arguments": "{}"}}
-CHAT = {
-    "model": "base",
-    "messages": [
-        {"role": "user", "content": [{"type": "text", "text": "a"}], "name": "n"},
-        {"role": "assistant", "tool_calls": [CALL]},
-        {"role": "tool", "tool_call_id": "c", "content": "b"},
-    ],
-    "tools": [{"type": "function", "function": FUNCTION}],
-    "stop": ["z"],
-    "temperature": 1.0,
-    "seed": 1,
-    "max_tokens": 5,
-    "logit_bias": {"5": 1},
-    "metadata": {"k": "v"},
-    "user": "u",
-}  # fmt: skip
-TEXT = {"model": "base", "prompt": ["a"], "stop": "z", "max_tokens": 5, "seed": 1, "user": "u"}
-EMBEDDING = {"model": "base", "input": "a"}
-JOB = {
-    "model": "base",
-    "training_file": "FILE",
-    "suffix": "s",
-    "seed": 1,
-    "metadata": {"k": "v"},
-    "method": {"type": "reinforcement", "reinforcement": {"grader": GRADER, "hyperparameters": {"n_epochs": 1}}},
-    "integrations": [],
-}
-POLICY = {
-    "properties": {
-        "mode": "Default",
-        "basePolicyName": "Microsoft.DefaultV2",
-        "contentFilters": [
-            {"name": "Hate", "enabled": True, "blocking": True, "severityThreshold": "Low", "source": "Prompt"}
-        ],
-    }
-}
-ITEM = {"properties": {"pattern": "p+", "isRegex": True}}
-ACCOUNT = {
-    "kind": "OpenAI",
-    "sku": {"name": "S0"},
-    "location": "local",
-    "tags": {"k": "v"},
-    "properties": {"customSubDomainName": "c"},
-}
-GOOD: dict[tuple[str, str], Any] = {
-    ("POST", "/chat/completions"): CHAT,
-    ("POST", "/deployments/{deployment}/chat/completions"): CHAT,
-    ("POST", "/completions"): TEXT,
-    ("POST", "/deployments/{deployment}/completions"): TEXT,
-    ("POST", "/embeddings"): EMBEDDING,
-    ("POST", "/deployments/{deployment}/embeddings"): EMBEDDING,
-    ("POST", "/responses"): {
-        "model": "base",
-        "input": [{"role": "user", "content": [{"type": "input_text", "text": "a"}]}],
-        "instructions": "i",
-        "metadata": {"k": "v"},
-        "text": {"format": {"type": "text"}},
-        "tools": [{"type": "function", **FUNCTION}],
-        "top_p": 1.0,
-        "include": ["x"],
-    },
-    ("POST", "/uploads"): {
-        "filename": "f",
-        "purpose": "fine-tune",
-        "bytes": 10,
-        "mime_type": "text/jsonl",
-        "expires_after": {"anchor": "created_at", "seconds": 3600},
-    },
-    ("POST", "/uploads/{upload_id}/complete"): {"part_ids": ["p"], "md5": "m"},
-    ("POST", "/fine_tuning/jobs"): JOB,
-    ("POST", "/batches"): {
-        "input_file_id": "BATCH",
-        "endpoint": "/v1/chat/completions",
-        "completion_window": "24h",
-        "metadata": {"k": "v"},
-        "output_expires_after": {"anchor": "created_at", "seconds": 3600},
-    },
-    ("POST", "/moderations"): {"input": ["a", {"type": "text", "text": "b"}], "model": "m"},
-    ("PUT", "{account}"): ACCOUNT,
-    ("PATCH", "{account}"): ACCOUNT,
-    ("POST", "{account}/regenerateKey"): {"keyName": "Key1"},
-    ("PUT", "{account}/deployments/{deployment}"): {
-        **deployment("base", raiPolicyName="Microsoft.DefaultV2", scaleSettings={"capacity": 1}),
-        "tags": {"k": "v"},
-    },
-    ("PATCH", "{account}/deployments/{deployment}"): {
-        "sku": {"name": "Standard", "capacity": 2},
-        "tags": {"k": "v"},
-        "properties": {"model": {"name": "base"}},
-    },
-    ("PUT", "{account}/raiPolicies/{policy}"): POLICY,
-    ("PUT", "{account}/raiBlocklists/{blocklist}"): {"properties": {"description": "d"}},
-    ("PUT", "{account}/raiBlocklists/{blocklist}/raiBlocklistItems/{item}"): ITEM,
-    ("POST", "{account}/raiBlocklists/{blocklist}/addRaiBlocklistItems"): [{"name": "i", **ITEM}],
-    ("POST", "{account}/raiBlocklists/{blocklist}/deleteRaiBlocklistItems"): ["i"],
-}  # fmt: skip
-"""For each route that reads JSON a body that it takes, in an order in which they can be asked."""
-
 HALF, NUL = "\ud800", "\x00"
 BOMBS: list[Any] = [
     HALF,
@@ -359,12 +257,6 @@ RAW = {"HUGE": b"1e400", "DEEP": b"[" * 150 + b"]" * 150, "DIGITS": b"9" * 4000,
 ALL = (*BOMBS, *RAW)
 FEW = (HALF, f"a{NUL}b", {HALF: 1}, "HUGE")
 """Those that were errors of the server somewhere."""
-
-
-def kind_of(one: Route) -> tuple[str, str]:
-    return one.method, "{account}" + one.template.partition("/accounts/{account}")[
-        2
-    ] if one.scope == "admin" else one.bare
 
 
 def broken(body: Any, bombs: Sequence[Any]) -> Iterator[Any]:

@@ -25,6 +25,7 @@ from tunewright.server import (
     arm,
     batches,
     chat,
+    documents,
     files,
     jobs,
     management,
@@ -63,7 +64,10 @@ def create_app(server: Server) -> FastAPI:
     app = FastAPI(
         title="Tunewright",
         version=__version__,
-        description="The OpenAI and Azure OpenAI fine-tuning API on a machine of your own.",
+        description=(
+            "The OpenAI and Azure OpenAI fine-tuning API on a machine of your own. What is under /v1 is under /openai "
+            "and /openai/v1 too, where errors and headers look as Azure's do."
+        ),
         lifespan=lifespan,
         redirect_slashes=False,
     )
@@ -79,23 +83,24 @@ def create_app(server: Server) -> FastAPI:
     app.add_exception_handler(PoolTimeout, _database_error)
     for prefix in PREFIXES:
         for router in ROUTERS:
-            app.include_router(router, prefix=prefix, include_in_schema=prefix == "/v1")
-    app.include_router(management.router)
+            app.include_router(router, prefix=prefix, include_in_schema=prefix == "/v1", responses=documents.ERRORS)
+    app.include_router(management.router, responses=documents.ARM_ERRORS)
     app.include_router(metrics.router)
     app.include_router(health)
+    app.openapi = lambda: documents.document(app)  # type: ignore[method-assign]
     return app
 
 
 health = APIRouter()
 
 
-@health.get("/healthz")
+@health.get("/healthz", responses=documents.shows(documents.Health))
 async def alive() -> dict[str, str]:
     """The process answers."""
     return {"status": "ok"}
 
 
-@health.get("/readyz")
+@health.get("/readyz", responses=documents.shows(documents.Health, 200, 503))
 def ready(request: Request) -> Response:
     """The database answers too."""
     if web.server(request).store.answers():

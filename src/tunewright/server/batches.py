@@ -27,7 +27,7 @@ from pydantic import Field
 from sqlalchemy import insert, or_, select, update
 
 from tunewright.endpoint.shapes import ApiError, Part
-from tunewright.server import files, store, tables, web
+from tunewright.server import documents, files, store, tables, web
 from tunewright.server.chat import KINDS, let_in
 from tunewright.server.jobs import Metadata
 from tunewright.server.keys import Key
@@ -64,7 +64,7 @@ class BatchIn(Part):
     output_expires_after: OutputExpires | None = None
 
 
-@router.post("/batches")
+@router.post("/batches", responses=documents.shows(documents.Batch))
 def create_batch(request: Request, caller: Inference, wanted: BatchIn) -> dict[str, Any]:
     server = web.server(request)
     found = files.find(server, wanted.input_file_id, param="input_file_id")
@@ -92,19 +92,19 @@ def create_batch(request: Request, caller: Inference, wanted: BatchIn) -> dict[s
     return shape(_find(server, row["id"]))
 
 
-@router.get("/batches")
+@router.get("/batches", responses=documents.shows(documents.Batches))
 def list_batches(request: Request, _caller: Inference, after: After = None, limit: Limit20 = 20) -> dict[str, Any]:
     with web.server(request).store.read() as connection:
         query = select(tables.batches)
         return web.listed(connection, query, tables.batches, shape, after=after, limit=limit, what="batch")
 
 
-@router.get("/batches/{batch_id}")
+@router.get("/batches/{batch_id}", responses=documents.shows(documents.Batch))
 def retrieve_batch(request: Request, _caller: Inference, batch_id: str) -> dict[str, Any]:
     return shape(_find(web.server(request), batch_id))
 
 
-@router.post("/batches/{batch_id}/cancel")
+@router.post("/batches/{batch_id}/cancel", responses=documents.shows(documents.Batch))
 def cancel_batch(request: Request, _caller: Inference, batch_id: str) -> dict[str, Any]:
     """What has been answered by now is in the output file."""
     server = web.server(request)

@@ -16,7 +16,7 @@ from starlette.datastructures import FormData, UploadFile
 from starlette.exceptions import HTTPException
 
 from tunewright.endpoint.shapes import ApiError, Part
-from tunewright.server import store, tables, web
+from tunewright.server import documents, store, tables, web
 from tunewright.server.blobs import CHUNK
 from tunewright.server.state import Server
 from tunewright.server.store import new_id, now
@@ -73,6 +73,9 @@ FILE_FORM = {
         },
     }
 }
+CONTENT: documents.Responses = {
+    200: {"content": {"application/octet-stream": {"schema": {"type": "string", "format": "binary"}}}}
+}
 PART_FORM = {
     "requestBody": {
         "required": True,
@@ -89,7 +92,7 @@ PART_FORM = {
 }
 
 
-@router.post("/files", openapi_extra=FILE_FORM)
+@router.post("/files", openapi_extra=FILE_FORM, responses=documents.shows(documents.File))
 async def create_file(request: Request, _caller: Training) -> dict[str, Any]:
     async with _form(request, files=1) as form:
         sent = _sent_file(form, "file")
@@ -111,7 +114,7 @@ async def create_file(request: Request, _caller: Training) -> dict[str, Any]:
         )
 
 
-@router.get("/files")
+@router.get("/files", responses=documents.shows(documents.Files))
 def list_files(
     request: Request,
     _caller: Training,
@@ -138,12 +141,12 @@ def list_files(
         )
 
 
-@router.get("/files/{file_id}")
+@router.get("/files/{file_id}", responses=documents.shows(documents.File))
 def retrieve_file(request: Request, _caller: Training, file_id: str) -> dict[str, Any]:
     return shape(find(web.server(request), file_id))
 
 
-@router.delete("/files/{file_id}")
+@router.delete("/files/{file_id}", responses=documents.shows(documents.Deleted))
 def delete_file(request: Request, _caller: Training, file_id: str) -> dict[str, Any]:
     server = web.server(request)
     file = find(server, file_id)
@@ -151,7 +154,7 @@ def delete_file(request: Request, _caller: Training, file_id: str) -> dict[str, 
     return {"id": file["id"], "object": "file", "deleted": True}
 
 
-@router.get("/files/{file_id}/content", response_class=Response)
+@router.get("/files/{file_id}/content", response_class=Response, responses=CONTENT)
 def file_content(request: Request, caller: Training, file_id: str) -> Response:
     """The bytes as they came. A job's result file is base64 on OpenAI's surface, and plain on Azure's, as there."""
     server = web.server(request)
@@ -165,7 +168,7 @@ def file_content(request: Request, caller: Training, file_id: str) -> Response:
     return StreamingResponse(chunks, media_type="application/octet-stream", headers=headers)
 
 
-@router.post("/uploads")
+@router.post("/uploads", responses=documents.shows(documents.Upload))
 def create_upload(request: Request, _caller: Training, wanted: UploadIn) -> dict[str, Any]:
     with web.server(request).store.begin() as connection:
         upload = {
@@ -183,7 +186,7 @@ def create_upload(request: Request, _caller: Training, wanted: UploadIn) -> dict
     return _upload_shape(upload)
 
 
-@router.post("/uploads/{upload_id}/parts", openapi_extra=PART_FORM)
+@router.post("/uploads/{upload_id}/parts", openapi_extra=PART_FORM, responses=documents.shows(documents.UploadPart))
 async def add_part(request: Request, _caller: Training, upload_id: str) -> dict[str, Any]:
     server = web.server(request)
     await run_in_threadpool(_pending, server, upload_id)
@@ -191,7 +194,7 @@ async def add_part(request: Request, _caller: Training, upload_id: str) -> dict[
         return await run_in_threadpool(_keep_part, server, upload_id, _sent_file(form, "data"))
 
 
-@router.post("/uploads/{upload_id}/complete")
+@router.post("/uploads/{upload_id}/complete", responses=documents.shows(documents.Upload))
 def complete_upload(request: Request, _caller: Training, upload_id: str, wanted: CompleteIn) -> dict[str, Any]:
     server = web.server(request)
     upload = _pending(server, upload_id)
@@ -219,7 +222,7 @@ def complete_upload(request: Request, _caller: Training, upload_id: str, wanted:
     return _upload_shape(upload | {"status": "completed"}, file)
 
 
-@router.post("/uploads/{upload_id}/cancel")
+@router.post("/uploads/{upload_id}/cancel", responses=documents.shows(documents.Upload))
 def cancel_upload(request: Request, _caller: Training, upload_id: str) -> dict[str, Any]:
     server = web.server(request)
     upload = _pending(server, upload_id)

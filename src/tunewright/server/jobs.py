@@ -17,7 +17,7 @@ from sqlalchemy.exc import IntegrityError
 
 from tunewright import recipe as recipes
 from tunewright.endpoint.shapes import ApiError, Part
-from tunewright.server import files, models, store, tables, web
+from tunewright.server import documents, files, models, store, tables, web
 from tunewright.server.state import Server, Settings
 from tunewright.server.store import new_id, now
 from tunewright.server.web import After, Limit20, Training
@@ -111,7 +111,7 @@ class JobIn(Part):
     integrations: list[dict[str, Any]] | None = Field(default=None, max_length=5)
 
 
-@router.post("/fine_tuning/jobs")
+@router.post("/fine_tuning/jobs", responses=documents.shows(documents.Job))
 def create_job(request: Request, caller: Training, wanted: JobIn) -> dict[str, Any]:
     server = web.server(request)
     method = _method(wanted)
@@ -168,7 +168,7 @@ def create_job(request: Request, caller: Training, wanted: JobIn) -> dict[str, A
     return shape(retrieve(server, job["id"]))
 
 
-@router.get("/fine_tuning/jobs")
+@router.get("/fine_tuning/jobs", responses=documents.shows(documents.Jobs))
 def list_jobs(request: Request, _caller: Training, after: After = None, limit: Limit20 = 20) -> dict[str, Any]:
     query = select(tables.jobs)
     pairs = tables.job_metadata
@@ -184,24 +184,24 @@ def list_jobs(request: Request, _caller: Training, after: After = None, limit: L
     return {"object": "list", "data": found["data"], "has_more": found["has_more"]}
 
 
-@router.get("/fine_tuning/jobs/{job_id}")
+@router.get("/fine_tuning/jobs/{job_id}", responses=documents.shows(documents.Job))
 def retrieve_job(request: Request, _caller: Training, job_id: str) -> dict[str, Any]:
     return shape(retrieve(web.server(request), job_id))
 
 
-@router.post("/fine_tuning/jobs/{job_id}/cancel")
+@router.post("/fine_tuning/jobs/{job_id}/cancel", responses=documents.shows(documents.Job))
 def cancel_job(request: Request, _caller: Training, job_id: str) -> dict[str, Any]:
     """Cancelling takes effect at the next step; a job that no worker has begun is cancelled at once."""
     return _ask(web.server(request), job_id, "cancel", refused=FINAL)
 
 
-@router.post("/fine_tuning/jobs/{job_id}/pause")
+@router.post("/fine_tuning/jobs/{job_id}/pause", responses=documents.shows(documents.Job))
 def pause_job(request: Request, _caller: Training, job_id: str) -> dict[str, Any]:
     """A checkpoint is written at the next step; `resume` goes on from it."""
     return _ask(web.server(request), job_id, "pause", refused=(*FINAL, "paused"))
 
 
-@router.post("/fine_tuning/jobs/{job_id}/resume")
+@router.post("/fine_tuning/jobs/{job_id}/resume", responses=documents.shows(documents.Job))
 def resume_job(request: Request, _caller: Training, job_id: str) -> dict[str, Any]:
     return _ask(web.server(request), job_id, "run", refused=(*FINAL, "validating_files", "queued", "running"))
 
@@ -217,7 +217,7 @@ def delete_job(request: Request, _caller: Training, job_id: str) -> None:
         connection.execute(delete(tables.jobs).where(tables.jobs.c.id == job_id))
 
 
-@router.get("/fine_tuning/jobs/{job_id}/events")
+@router.get("/fine_tuning/jobs/{job_id}/events", responses=documents.shows(documents.Events))
 def list_events(
     request: Request, _caller: Training, job_id: str, after: After = None, limit: Limit20 = 20
 ) -> dict[str, Any]:
@@ -229,7 +229,7 @@ def list_events(
     return {"object": "list", "data": found["data"], "has_more": found["has_more"]}
 
 
-@router.get("/fine_tuning/jobs/{job_id}/checkpoints")
+@router.get("/fine_tuning/jobs/{job_id}/checkpoints", responses=documents.shows(documents.Checkpoints))
 def list_checkpoints(
     request: Request,
     _caller: Training,
