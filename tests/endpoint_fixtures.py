@@ -22,6 +22,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 
 from tunewright import chat, recipe
 from tunewright.chat import Message
+from tunewright.endpoint.connections import Connection
 from tunewright.endpoint.process import listen
 from tunewright.run import Run, create, write_json, write_text
 
@@ -105,13 +106,17 @@ def package(
 
 
 @contextlib.contextmanager
-def running(app: FastAPI, *, grace_s: float = 5) -> Iterator[str]:
-    """The app on a free port of loopback in a thread of its own; gives its base URL."""
+def running(
+    app: FastAPI, *, grace_s: float = 5, connection: type[Connection] = Connection, most: int | None = None
+) -> Iterator[str]:
+    """The app on a free port of loopback in a thread of its own, for `most` connections; gives its base URL."""
     with contextlib.closing(listen("127.0.0.1", 0)) as listener:
         port = listener.getsockname()[1]
         server = uvicorn.Server(
             uvicorn.Config(
                 app,
+                http=connection,
+                limit_concurrency=most,
                 log_config=None,
                 log_level="warning",
                 access_log=False,

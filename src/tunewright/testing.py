@@ -138,7 +138,9 @@ class EchoEngines:
 
 
 def _last_said(body: Mapping[str, Any]) -> str:
-    return str(body["messages"][-1]["content"] if "messages" in body else body["prompt"][0])
+    if "messages" in body:
+        return str(body["messages"][-1].get("content") or "")
+    return str((body.get("prompt") or [""])[0])
 
 
 def _words(said: str) -> dict[str, int]:

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 
 from fastapi import Request
 from fastapi.responses import JSONResponse
+from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from tunewright.endpoint.shapes import ApiError
@@ -72,6 +73,8 @@ class Diary:
 
         try:
             await self.app(scope, receive, send_with_headers)
+        except ClientDisconnect:  # in the middle of its body: there is nobody to answer
+            status = status or CLIENT_LEFT
         except Exception:
             logger.exception("%s failed", entry.id)
             if not status:

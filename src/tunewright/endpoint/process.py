@@ -14,6 +14,7 @@ import uvicorn
 from fastapi import FastAPI
 
 from tunewright.endpoint.app import create_app
+from tunewright.endpoint.connections import Connection, most_connections
 from tunewright.endpoint.diary import logger
 from tunewright.endpoint.served import load
 from tunewright.errors import EndpointError
@@ -53,6 +54,8 @@ def until_sigterm(app: FastAPI, listener: socket.socket, *, grace_s: int, keep_a
     """Answer requests until SIGTERM, then let running answers finish for `grace_s`. Call it in the main thread."""
     config = uvicorn.Config(
         app,
+        http=Connection,
+        limit_concurrency=most_connections(),
         log_config=None,
         log_level="warning",
         access_log=False,

@@ -12,7 +12,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    WithJsonSchema,
+)
 from pydantic_core import ErrorDetails, PydanticCustomError
 
 from tunewright import chat
@@ -20,6 +28,8 @@ from tunewright.endpoint.answers import Call, End, Piece
 from tunewright.endpoint.spelling import Speller
 from tunewright.generate import Token
 
+MESSAGE, PARAM = 4000, 256
+"""Characters of an error at most: what a client sent is repeated in it."""
 UNLIKELY = -9999.0
 """What OpenAI writes for a log-probability that JSON has no number for."""
 
@@ -37,9 +47,11 @@ class ApiError(Exception):
         code: str | None = None,
         headers: Mapping[str, str] | None = None,
     ) -> None:
+        message = _sayable(message, MESSAGE)
         super().__init__(message)
         self.status = status
         self.headers = dict(headers or {})
+        param = param if param is None else _sayable(param, PARAM)
         self.body: dict[str, Any] = {"error": {"message": message, "type": kind, "param": param, "code": code}}
 
     @classmethod
@@ -169,7 +181,7 @@ def _not_null(value: Any) -> Any:
     return False if value is None else value
 
 
-Flag = Annotated[bool, BeforeValidator(_not_null)]
+Flag = Annotated[bool, BeforeValidator(_not_null, json_schema_input_type=bool | None)]
 
 
 class Part(BaseModel):
@@ -181,7 +193,7 @@ class Part(BaseModel):
 def _object(value: str) -> str:
     try:
         given = json.loads(value)
-    except ValueError:
+    except (ValueError, RecursionError):
         given = None
     if not isinstance(given, dict):
         raise PydanticCustomError("arguments", "the arguments of a call are a JSON object, as text")
@@ -209,6 +221,38 @@ def _response_format(value: Any) -> Any:
     raise PydanticCustomError("format", "its type is text, json_object or json_schema")
 
 
+TOOL_CHOICE: dict[str, Any] = {
+    "anyOf": [
+        {"enum": ["none", "auto", "required", None]},
+        {
+            "type": "object",
+            "required": ["type", "function"],
+            "properties": {
+                "type": {"const": "function"},
+                "function": {"type": "object", "required": ["name"], "properties": {"name": {"type": "string"}}},
+            },
+        },
+    ]
+}
+RESPONSE_FORMAT: dict[str, Any] = {
+    "anyOf": [
+        {"type": "null"},
+        {
+            "type": "object",
+            "required": ["type"],
+            "properties": {
+                "type": {"enum": ["text", "json_object", "json_schema"]},
+                "json_schema": {
+                    "type": "object",
+                    "properties": {"name": {"type": "string"}, "schema": {"type": "object"}},
+                },
+            },
+        },
+    ]
+}
+"""As the OpenAPI document shows what the two functions above check."""
+
+
 class CalledFunction(Part):
     name: str
     arguments: Annotated[str, AfterValidator(_object)]
@@ -220,9 +264,16 @@ class CallIn(Part):
     function: CalledFunction
 
 
+class TextPart(Part):
+    """As the OpenAPI document shows a part of a message's content; `_content` reads it."""
+
+    type: Literal["text"]
+    text: str
+
+
 class MessageIn(Part):
-    role: Annotated[str, AfterValidator(_role)]
-    content: Annotated[str | None, BeforeValidator(_content)] = None
+    role: Annotated[str, AfterValidator(_role), Field(json_schema_extra={"enum": list(chat.ROLES)})]
+    content: Annotated[str | None, BeforeValidator(_content, json_schema_input_type=str | list[TextPart] | None)] = None
     tool_calls: list[CallIn] | None = None
     tool_call_id: str | None = None
     name: str | None = None
@@ -256,7 +307,12 @@ class ToolIn(Part):
     function: FunctionIn
 
 
-Stop = Annotated[list[Annotated[str, Field(min_length=1)]], BeforeValidator(_listed), Field(default=[], max_length=4)]
+StopText = Annotated[str, Field(min_length=1)]
+Stop = Annotated[
+    list[StopText],
+    BeforeValidator(_listed, json_schema_input_type=StopText | Annotated[list[StopText], Field(max_length=4)] | None),
+    Field(default=[], max_length=4),
+]
 Bias = Annotated[
     dict[Annotated[str, Field(pattern=r"^[0-9]{1,9}$")], Annotated[float, Field(ge=-100, le=100)]],
     BeforeValidator(lambda value: {} if value is None else value),
@@ -293,9 +349,9 @@ class ChatRequest(Asking):
     tools: Annotated[list[ToolIn], BeforeValidator(lambda value: [] if value is None else value)] = Field(
         default=[], max_length=128
     )
-    tool_choice: Annotated[Any, AfterValidator(_tool_choice)] = None
+    tool_choice: Annotated[Any, AfterValidator(_tool_choice), WithJsonSchema(TOOL_CHOICE)] = None
     parallel_tool_calls: bool | None = None
-    response_format: Annotated[Any, AfterValidator(_response_format)] = None
+    response_format: Annotated[Any, AfterValidator(_response_format), WithJsonSchema(RESPONSE_FORMAT)] = None
 
     @property
     def conversation(self) -> tuple[chat.Message, ...]:
@@ -338,12 +394,16 @@ def _prompt(value: Any) -> Any:
     raise PydanticCustomError("prompt", "a prompt is a text or a list of token ids, and there may be a list of them")
 
 
+Ids = list[Annotated[int, Field(ge=0)]]
+Prompts = str | Ids | list[str | Ids] | None
+
+
 class TextRequest(Asking):
     """A request to the older completions route."""
 
-    prompt: Annotated[list[Annotated[Any, AfterValidator(_prompt)]], BeforeValidator(_prompts)] = Field(
-        default=[[]], min_length=1, max_length=2048
-    )
+    prompt: Annotated[
+        list[Annotated[Any, AfterValidator(_prompt)]], BeforeValidator(_prompts, json_schema_input_type=Prompts)
+    ] = Field(default=[[]], min_length=1, max_length=2048)
     max_tokens: int | None = Field(default=None, ge=0)
     logprobs: int | None = Field(default=None, ge=0, le=5)
     echo: Flag = False
@@ -594,6 +654,12 @@ def model_card(name: str, created: int) -> dict[str, Any]:
 def event(value: dict[str, Any]) -> str:
     """One server-sent event. ASCII, since some clients split lines at U+2028 and its kin too."""
     return f"data: {json.dumps(value, allow_nan=False)}\n\n"
+
+
+def _sayable(text: str, most: int) -> str:
+    """What an answer can carry: no half of a surrogate pair, and not all of what was too long."""
+    shown = text if len(text) <= most else f"{text[:most]}..."
+    return shown if shown.isascii() else shown.encode("utf-8", "backslashreplace").decode()
 
 
 def _refuse(given: Mapping[str, Any], refused: Mapping[str, tuple[str, tuple[Any, ...]]], where: str = "") -> None:

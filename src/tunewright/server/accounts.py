@@ -16,7 +16,7 @@ from sqlalchemy import Connection, Select, delete, func, insert, select, update
 from sqlalchemy.exc import IntegrityError
 
 from tunewright.endpoint.shapes import Part
-from tunewright.server import account_keys, arm, store, tables, web
+from tunewright.server import account_keys, arm, documents, store, tables, web
 from tunewright.server.arm import Group, Location, Name, Subscription
 from tunewright.server.state import Server
 from tunewright.server.store import now
@@ -29,7 +29,7 @@ KINDS = {"openai": "OpenAI", "aiservices": "AIServices", "cognitiveservices": "C
 PURGED_AFTER_S = 48 * 3600
 """Azure purges a deleted account by itself after 48 hours. Here it waits until somebody does; the date is shown."""
 
-router = APIRouter(tags=["management"])
+router = APIRouter(tags=["management"], route_class=web.Route)
 
 Tags = Annotated[
     dict[Annotated[str, Field(max_length=512)], Annotated[str, Field(max_length=256)]], Field(max_length=50)
@@ -95,7 +95,7 @@ def found(request: Request, subscription: Subscription, group: Group, account: N
 Account = Annotated[dict[str, Any], Depends(found)]
 
 
-@router.put(arm.ACCOUNT)
+@router.put(arm.ACCOUNT, responses=documents.shows(documents.Resource, 200, 201))
 def put_account(
     request: Request, _caller: Admin, subscription: Subscription, group: Group, account: Name, wanted: AccountIn
 ) -> Response:
@@ -152,7 +152,7 @@ def put_account(
     return JSONResponse(shape(made, request), 201 if row is None else 200)
 
 
-@router.patch(arm.ACCOUNT)
+@router.patch(arm.ACCOUNT, responses=documents.shows(documents.Resource))
 def patch_account(request: Request, _caller: Admin, account: Account, wanted: AccountIn) -> dict[str, Any]:
     if wanted.location is not None and arm.location(wanted.location) != account["location"]:
         raise arm.bad("An account cannot move to another location.", "InvalidResourceLocation", status=409)
@@ -170,24 +170,24 @@ def patch_account(request: Request, _caller: Admin, account: Account, wanted: Ac
     return shape({**account, "body": body}, request)
 
 
-@router.get(arm.ACCOUNT)
+@router.get(arm.ACCOUNT, responses=documents.shows(documents.Resource))
 def get_account(request: Request, _caller: Admin, account: Account) -> dict[str, Any]:
     return shape(account, request)
 
 
-@router.get(arm.ACCOUNTS)
+@router.get(arm.ACCOUNTS, responses=documents.shows(documents.Resources))
 def list_accounts_of_group(
     request: Request, _caller: Admin, subscription: Subscription, group: Group
 ) -> dict[str, Any]:
     return _listed(request, _in(subscription, group).where(tables.accounts.c.deleted_at.is_(None)))
 
 
-@router.get(f"{arm.SUBSCRIPTION}/providers/{arm.PROVIDER}/accounts")
+@router.get(f"{arm.SUBSCRIPTION}/providers/{arm.PROVIDER}/accounts", responses=documents.shows(documents.Resources))
 def list_accounts(request: Request, _caller: Admin, subscription: Subscription) -> dict[str, Any]:
     return _listed(request, _in(subscription).where(tables.accounts.c.deleted_at.is_(None)))
 
 
-@router.delete(arm.ACCOUNT)
+@router.delete(arm.ACCOUNT, status_code=204, responses=documents.GONE)
 def delete_account(
     request: Request, _caller: Admin, subscription: Subscription, group: Group, account: Name
 ) -> Response:
@@ -213,7 +213,9 @@ def delete_account(
     return Response(status_code=200)
 
 
-@router.get(f"{arm.SUBSCRIPTION}/providers/{arm.PROVIDER}/deletedAccounts")
+@router.get(
+    f"{arm.SUBSCRIPTION}/providers/{arm.PROVIDER}/deletedAccounts", responses=documents.shows(documents.Resources)
+)
 def list_deleted(request: Request, _caller: Admin, subscription: Subscription) -> dict[str, Any]:
     return _listed(request, _in(subscription).where(tables.accounts.c.deleted_at.is_not(None)))
 
@@ -221,7 +223,7 @@ def list_deleted(request: Request, _caller: Admin, subscription: Subscription) -
 DELETED = f"{arm.LOCATION}/resourceGroups/{{group}}/deletedAccounts/{{account}}"
 
 
-@router.get(DELETED)
+@router.get(DELETED, responses=documents.shows(documents.Resource))
 def get_deleted(
     request: Request, _caller: Admin, subscription: Subscription, location: Location, group: Group, account: Name
 ) -> dict[str, Any]:
@@ -232,7 +234,7 @@ def get_deleted(
     return shape(row, request)
 
 
-@router.delete(DELETED)
+@router.delete(DELETED, status_code=204, responses=documents.GONE)
 def purge(
     request: Request, _caller: Admin, subscription: Subscription, location: Location, group: Group, account: Name
 ) -> Response:
@@ -247,17 +249,17 @@ def purge(
     return Response(status_code=200)
 
 
-@router.post(f"{arm.ACCOUNT}/listKeys")
+@router.post(f"{arm.ACCOUNT}/listKeys", responses=documents.shows(documents.AccountKeys))
 def list_keys(request: Request, _caller: Admin, account: Account) -> dict[str, str]:
     return account_keys.both(web.server(request), account["name"])
 
 
-@router.post(f"{arm.ACCOUNT}/regenerateKey")
+@router.post(f"{arm.ACCOUNT}/regenerateKey", responses=documents.shows(documents.AccountKeys))
 def regenerate_key(request: Request, _caller: Admin, account: Account, wanted: RegenerateIn) -> dict[str, str]:
     return account_keys.renew(web.server(request), account["name"], wanted.keyName.lower())
 
 
-@router.get(f"{arm.SUBSCRIPTION}/locations")
+@router.get(f"{arm.SUBSCRIPTION}/locations", responses=documents.shows(documents.Values))
 def list_locations(request: Request, _caller: Admin, subscription: Subscription) -> dict[str, Any]:
     """This machine, and the regions that accounts say they are in; all of them are this machine."""
     with web.server(request).store.read() as connection:

@@ -12,10 +12,12 @@ from fastapi import APIRouter, FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response
 from pydantic_core import ErrorDetails
+from sqlalchemy.exc import OperationalError
+from sqlalchemy.exc import TimeoutError as PoolTimeout
 from starlette.exceptions import HTTPException
 
 from tunewright import __version__
-from tunewright.endpoint.diary import Diary
+from tunewright.endpoint.diary import Diary, entry
 from tunewright.endpoint.shapes import ApiError, explained
 from tunewright.server import (
     accounts,
@@ -23,6 +25,7 @@ from tunewright.server import (
     arm,
     batches,
     chat,
+    documents,
     files,
     jobs,
     management,
@@ -62,7 +65,10 @@ def create_app(server: Server) -> FastAPI:
     app = FastAPI(
         title="Tunewright",
         version=__version__,
-        description="The OpenAI and Azure OpenAI fine-tuning API on a machine of your own.",
+        description=(
+            "The OpenAI and Azure OpenAI fine-tuning API on a machine of your own. What is under /v1 is under /openai "
+            "and /openai/v1 too, where errors and headers look as Azure's do."
+        ),
         lifespan=lifespan,
         redirect_slashes=False,
     )
@@ -74,25 +80,28 @@ def create_app(server: Server) -> FastAPI:
     app.add_exception_handler(ApiError, _api_error)
     app.add_exception_handler(RequestValidationError, _invalid)
     app.add_exception_handler(HTTPException, _http_error)
+    app.add_exception_handler(OperationalError, _database_error)
+    app.add_exception_handler(PoolTimeout, _database_error)
     for prefix in PREFIXES:
         for router in ROUTERS:
-            app.include_router(router, prefix=prefix, include_in_schema=prefix == "/v1")
-    app.include_router(management.router)
+            app.include_router(router, prefix=prefix, include_in_schema=prefix == "/v1", responses=documents.ERRORS)
+    app.include_router(management.router, responses=documents.ARM_ERRORS)
     app.include_router(metrics.router)
     app.include_router(health)
+    app.openapi = lambda: documents.document(app)  # type: ignore[method-assign]
     return app
 
 
 health = APIRouter()
 
 
-@health.get("/healthz")
+@health.get("/healthz", responses=documents.shows(documents.Health))
 async def alive() -> dict[str, str]:
     """The process answers."""
     return {"status": "ok"}
 
 
-@health.get("/readyz")
+@health.get("/readyz", responses=documents.shows(documents.Health, 200, 503))
 def ready(request: Request) -> Response:
     """The database answers too."""
     if web.server(request).store.answers():
@@ -157,6 +166,19 @@ async def _api_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, ApiError)
     body = arm.body(error) if web.surface(request.url.path) == "management" else error.body
     return JSONResponse(body, error.status, error.headers)
+
+
+async def _database_error(request: Request, error: Exception) -> Response:
+    """The database is away, or has more to do than it can: later perhaps not."""
+    logger.error("%s: the database does not answer", entry(request).id, exc_info=error)
+    said = ApiError(
+        503,
+        f"The database does not answer; the server's log has the reason under {entry(request).id}. Try again later.",
+        kind="server_error",
+        code="database_unavailable",
+        headers={"retry-after": "1"},
+    )
+    return await _api_error(request, said)
 
 
 async def _invalid(request: Request, error: Exception) -> Response:

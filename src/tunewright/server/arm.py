@@ -55,9 +55,11 @@ CODES = {
     403: "AuthorizationFailed",
     404: "ResourceNotFound",
     405: "MethodNotAllowed",
+    408: "RequestTimeout",
     409: "Conflict",
     413: "RequestTooLarge",
     415: "UnsupportedMediaType",
+    503: "ServiceUnavailable",
 }
 """What the control plane calls an error that the rest of the server calls otherwise."""
 

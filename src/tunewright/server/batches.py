@@ -27,7 +27,7 @@ from pydantic import Field
 from sqlalchemy import insert, or_, select, update
 
 from tunewright.endpoint.shapes import ApiError, Part
-from tunewright.server import files, store, tables, web
+from tunewright.server import documents, files, store, tables, web
 from tunewright.server.chat import KINDS, let_in
 from tunewright.server.jobs import Metadata
 from tunewright.server.keys import Key
@@ -48,7 +48,7 @@ RETRIES = 3
 """How often a request is tried whose engine ended."""
 WORKED_ON = ("validating", "in_progress", "finalizing", "cancelling")
 
-router = APIRouter(tags=["batches"])
+router = APIRouter(tags=["batches"], route_class=web.Route)
 
 
 class OutputExpires(Part):
@@ -68,7 +68,7 @@ class BatchIn(Part):
     output_expires_after: OutputExpires | None = None
 
 
-@router.post("/batches")
+@router.post("/batches", responses=documents.shows(documents.Batch))
 def create_batch(request: Request, caller: Inference, wanted: BatchIn) -> dict[str, Any]:
     server = web.server(request)
     found = files.find(server, wanted.input_file_id, param="input_file_id")
@@ -96,19 +96,19 @@ def create_batch(request: Request, caller: Inference, wanted: BatchIn) -> dict[s
     return shape(_find(server, row["id"]))
 
 
-@router.get("/batches")
+@router.get("/batches", responses=documents.shows(documents.Batches))
 def list_batches(request: Request, _caller: Inference, after: After = None, limit: Limit20 = 20) -> dict[str, Any]:
-    with web.server(request).store.begin() as connection:
+    with web.server(request).store.read() as connection:
         query = select(tables.batches)
         return web.listed(connection, query, tables.batches, shape, after=after, limit=limit, what="batch")
 
 
-@router.get("/batches/{batch_id}")
+@router.get("/batches/{batch_id}", responses=documents.shows(documents.Batch))
 def retrieve_batch(request: Request, _caller: Inference, batch_id: str) -> dict[str, Any]:
     return shape(_find(web.server(request), batch_id))
 
 
-@router.post("/batches/{batch_id}/cancel")
+@router.post("/batches/{batch_id}/cancel", responses=documents.shows(documents.Batch))
 def cancel_batch(request: Request, _caller: Inference, batch_id: str) -> dict[str, Any]:
     """What has been answered by now is in the output file."""
     server = web.server(request)
@@ -361,7 +361,7 @@ class Work:
 
     def _caller(self) -> Caller:
         """In whose name the requests are asked."""
-        with self.server.store.begin() as connection:
+        with self.server.store.read() as connection:
             row = store.row(connection, tables.keys, id=self.batch["key_id"])
         if row is None:
             return Caller(Key(self.batch["key_id"], "", "inference", None), "openai")
@@ -418,7 +418,7 @@ def _wrong(line: bytes, endpoint: str, seen: set[str]) -> tuple[str, str, str | 
     """What is wrong with a line: code, message, parameter."""
     try:
         asked = json.loads(line)
-    except ValueError:
+    except (ValueError, RecursionError):
         return "invalid_json_line", "This line is not JSON.", None
     if not isinstance(asked, dict):
         return "invalid_json_line", "This line is not a JSON object.", None
@@ -456,7 +456,7 @@ def _problem(code: str, message: str, param: str | None = None, line: int | None
 def _find(server: Server, batch_id: str) -> dict[str, Any]:
     found = None
     if batch_id.isprintable():  # PostgreSQL takes no NUL
-        with server.store.begin() as connection:
+        with server.store.read() as connection:
             found = store.row(connection, tables.batches, id=batch_id)
     if found is None:
         raise web.not_found("batch", batch_id[:128], param="batch_id")

@@ -32,7 +32,7 @@ from tunewright.endpoint.shapes import (
     read_request,
     read_text_request,
 )
-from tunewright.server import web
+from tunewright.server import documents, web
 from tunewright.server.admission import Admission, Route
 from tunewright.server.state import Server
 from tunewright.server.web import Caller
@@ -61,49 +61,50 @@ TEXT = Kind("/completions", read_text_request, TextRequest)
 KINDS = {f"/v1{kind.path}": kind for kind in (CHAT, TEXT)}
 
 
-def documented(model: type[Part]) -> dict[str, Any]:
-    """What the OpenAPI page says of a body that is read here and not by FastAPI."""
-    schema = model.model_json_schema(ref_template="#/components/schemas/{model}")
-    schema.pop("$defs", None)
-    shown = {"type": "object", "properties": {key: {} for key in schema["properties"]}}
-    shown["required"] = [key for key in ("model", *schema.get("required", ())) if key in schema["properties"]]
-    return {"requestBody": {"required": True, "content": {"application/json": {"schema": shown}}}}
-
-
 class EmbeddingRequest(Part):
     model: str | None = None
     input: Any
 
 
-CHAT_BODY, TEXT_BODY, EMBEDDING_BODY = documented(ChatRequest), documented(TextRequest), documented(EmbeddingRequest)
+CHAT_BODY, TEXT_BODY, EMBEDDING_BODY = map(documents.reads, (ChatRequest, TextRequest, EmbeddingRequest))
 
 
-@router.post(CHAT.path, openapi_extra=CHAT_BODY)
+@router.post(CHAT.path, openapi_extra=CHAT_BODY, responses=documents.shows(documents.ChatCompletion, streamed=True))
 async def chat_completions(request: Request) -> Response:
     return await _respond(request, CHAT)
 
 
-@router.post(TEXT.path, openapi_extra=TEXT_BODY)
+@router.post(TEXT.path, openapi_extra=TEXT_BODY, responses=documents.shows(documents.Completion, streamed=True))
 async def completions(request: Request) -> Response:
     return await _respond(request, TEXT)
 
 
-@router.post("/embeddings", openapi_extra=EMBEDDING_BODY)
+@router.post("/embeddings", openapi_extra=EMBEDDING_BODY, status_code=400, responses=documents.REFUSED)
 async def embeddings(request: Request) -> Response:
     return await _refuse_embeddings(request)
 
 
-@router.post("/deployments/{deployment}/chat/completions", openapi_extra=CHAT_BODY)
+@router.post(
+    "/deployments/{deployment}/chat/completions",
+    openapi_extra=CHAT_BODY,
+    responses=documents.shows(documents.ChatCompletion, streamed=True),
+)
 async def deployed_chat_completions(request: Request, deployment: str) -> Response:
     return await _respond(request, CHAT, deployment)
 
 
-@router.post("/deployments/{deployment}/completions", openapi_extra=TEXT_BODY)
+@router.post(
+    "/deployments/{deployment}/completions",
+    openapi_extra=TEXT_BODY,
+    responses=documents.shows(documents.Completion, streamed=True),
+)
 async def deployed_completions(request: Request, deployment: str) -> Response:
     return await _respond(request, TEXT, deployment)
 
 
-@router.post("/deployments/{deployment}/embeddings", openapi_extra=EMBEDDING_BODY)
+@router.post(
+    "/deployments/{deployment}/embeddings", openapi_extra=EMBEDDING_BODY, status_code=400, responses=documents.REFUSED
+)
 async def deployed_embeddings(request: Request, deployment: str) -> Response:
     return await _refuse_embeddings(request, deployment)
 

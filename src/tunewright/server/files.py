@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from typing import Annotated, Any, Literal
+from urllib.parse import quote
 
 from fastapi import APIRouter, Query, Request
 from fastapi.concurrency import run_in_threadpool
@@ -15,7 +16,7 @@ from starlette.datastructures import FormData, UploadFile
 from starlette.exceptions import HTTPException
 
 from tunewright.endpoint.shapes import ApiError, Part
-from tunewright.server import store, tables, web
+from tunewright.server import documents, store, tables, web
 from tunewright.server.blobs import CHUNK
 from tunewright.server.state import Server
 from tunewright.server.store import new_id, now
@@ -32,7 +33,7 @@ UPLOAD_S = 3600
 Purpose = Literal["assistants", "batch", "fine-tune", "vision", "user_data", "evals"]
 PURPOSES = ("assistants", "batch", "fine-tune", "vision", "user_data", "evals")
 
-router = APIRouter(tags=["files"])
+router = APIRouter(tags=["files"], route_class=web.Route)
 
 
 class ExpiresAfter(Part):
@@ -72,6 +73,9 @@ FILE_FORM = {
         },
     }
 }
+CONTENT: documents.Responses = {
+    200: {"content": {"application/octet-stream": {"schema": {"type": "string", "format": "binary"}}}}
+}
 PART_FORM = {
     "requestBody": {
         "required": True,
@@ -88,7 +92,7 @@ PART_FORM = {
 }
 
 
-@router.post("/files", openapi_extra=FILE_FORM)
+@router.post("/files", openapi_extra=FILE_FORM, responses=documents.shows(documents.File))
 async def create_file(request: Request, _caller: Training) -> dict[str, Any]:
     async with _form(request, files=1) as form:
         sent = _sent_file(form, "file")
@@ -110,7 +114,7 @@ async def create_file(request: Request, _caller: Training) -> dict[str, Any]:
         )
 
 
-@router.get("/files")
+@router.get("/files", responses=documents.shows(documents.Files))
 def list_files(
     request: Request,
     _caller: Training,
@@ -121,8 +125,10 @@ def list_files(
 ) -> dict[str, Any]:
     query = select(tables.files).where(_alive())
     if purpose is not None:
+        if not store.storable(purpose):
+            raise ApiError(400, "Invalid 'purpose': there is none such.", param="purpose", code="invalid_value")
         query = query.where(tables.files.c.purpose == purpose)
-    with web.server(request).store.begin() as connection:
+    with web.server(request).store.read() as connection:
         return web.listed(
             connection,
             query,
@@ -135,12 +141,12 @@ def list_files(
         )
 
 
-@router.get("/files/{file_id}")
+@router.get("/files/{file_id}", responses=documents.shows(documents.File))
 def retrieve_file(request: Request, _caller: Training, file_id: str) -> dict[str, Any]:
     return shape(find(web.server(request), file_id))
 
 
-@router.delete("/files/{file_id}")
+@router.delete("/files/{file_id}", responses=documents.shows(documents.Deleted))
 def delete_file(request: Request, _caller: Training, file_id: str) -> dict[str, Any]:
     server = web.server(request)
     file = find(server, file_id)
@@ -148,7 +154,7 @@ def delete_file(request: Request, _caller: Training, file_id: str) -> dict[str, 
     return {"id": file["id"], "object": "file", "deleted": True}
 
 
-@router.get("/files/{file_id}/content", response_class=Response)
+@router.get("/files/{file_id}/content", response_class=Response, responses=CONTENT)
 def file_content(request: Request, caller: Training, file_id: str) -> Response:
     """The bytes as they came. A job's result file is base64 on OpenAI's surface, and plain on Azure's, as there."""
     server = web.server(request)
@@ -158,12 +164,11 @@ def file_content(request: Request, caller: Training, file_id: str) -> Response:
         import base64
 
         chunks = iter([base64.b64encode(b"".join(chunks))])
-    name = re.sub(r'[^\x20-\x7e]|["\\]', "_", file["filename"])
-    headers = {"content-disposition": f'attachment; filename="{name}"', "x-content-type-options": "nosniff"}
+    headers = {"content-disposition": _disposition(file["filename"]), "x-content-type-options": "nosniff"}
     return StreamingResponse(chunks, media_type="application/octet-stream", headers=headers)
 
 
-@router.post("/uploads")
+@router.post("/uploads", responses=documents.shows(documents.Upload))
 def create_upload(request: Request, _caller: Training, wanted: UploadIn) -> dict[str, Any]:
     with web.server(request).store.begin() as connection:
         upload = {
@@ -181,7 +186,7 @@ def create_upload(request: Request, _caller: Training, wanted: UploadIn) -> dict
     return _upload_shape(upload)
 
 
-@router.post("/uploads/{upload_id}/parts", openapi_extra=PART_FORM)
+@router.post("/uploads/{upload_id}/parts", openapi_extra=PART_FORM, responses=documents.shows(documents.UploadPart))
 async def add_part(request: Request, _caller: Training, upload_id: str) -> dict[str, Any]:
     server = web.server(request)
     await run_in_threadpool(_pending, server, upload_id)
@@ -189,11 +194,11 @@ async def add_part(request: Request, _caller: Training, upload_id: str) -> dict[
         return await run_in_threadpool(_keep_part, server, upload_id, _sent_file(form, "data"))
 
 
-@router.post("/uploads/{upload_id}/complete")
+@router.post("/uploads/{upload_id}/complete", responses=documents.shows(documents.Upload))
 def complete_upload(request: Request, _caller: Training, upload_id: str, wanted: CompleteIn) -> dict[str, Any]:
     server = web.server(request)
     upload = _pending(server, upload_id)
-    with server.store.begin() as connection:
+    with server.store.read() as connection:
         query = select(tables.parts).where(tables.parts.c.upload_id == upload_id)
         known = {part["id"]: part for part in connection.execute(query).mappings()}
     for part_id in wanted.part_ids:
@@ -217,7 +222,7 @@ def complete_upload(request: Request, _caller: Training, upload_id: str, wanted:
     return _upload_shape(upload | {"status": "completed"}, file)
 
 
-@router.post("/uploads/{upload_id}/cancel")
+@router.post("/uploads/{upload_id}/cancel", responses=documents.shows(documents.Upload))
 def cancel_upload(request: Request, _caller: Training, upload_id: str) -> dict[str, Any]:
     server = web.server(request)
     upload = _pending(server, upload_id)
@@ -267,7 +272,7 @@ def find(server: Server, file_id: str, *, param: str = "id") -> dict[str, Any]:
     Raises:
         ApiError: 404, there is none (any more).
     """
-    with server.store.begin() as connection:
+    with server.store.read() as connection:
         found = store.row(connection, tables.files, id=file_id)
     if found is None or (found["expires_at"] is not None and found["expires_at"] <= now()):
         raise web.not_found("File object", file_id[:128], param=param)
@@ -362,7 +367,7 @@ def _expires_s(form: FormData) -> int | None:
     if anchor is None and seconds is None:
         return None
     said = str(seconds)
-    if anchor != "created_at" or not said.isdigit() or not 3600 <= int(said) <= 2592000:
+    if anchor != "created_at" or not re.fullmatch(r"[0-9]{1,9}", said) or not 3600 <= int(said) <= 2592000:
         raise ApiError(
             400,
             "Invalid 'expires_after': anchor is created_at, seconds is from 3600 to 2592000.",
@@ -388,7 +393,7 @@ def _keep_part(server: Server, upload_id: str, sent: UploadFile) -> dict[str, An
 
 
 def _pending(server: Server, upload_id: str) -> dict[str, Any]:
-    with server.store.begin() as connection:
+    with server.store.read() as connection:
         upload = store.row(connection, tables.uploads, id=upload_id)
     if upload is None:
         raise web.not_found("Upload", upload_id[:128], param="upload_id")
@@ -430,9 +435,16 @@ def _upload_shape(upload: dict[str, Any], file: dict[str, Any] | None = None) ->
 
 
 def _plain_name(name: str) -> str:
-    """The last part of a path, without characters that a terminal or a header would act on."""
+    """The last part of a path, without characters that a terminal or a header would act on, or that no text has."""
     last = re.split(r"[/\\]", name)[-1]
-    return re.sub(r"[\x00-\x1f\x7f]", "_", last)[:255] or "file"
+    return re.sub(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]", "_", last)[:255] or "file"
+
+
+def _disposition(name: str) -> str:
+    """The header that says under which name to keep a file: in ASCII for all, and as it is for those who read that."""
+    plain = re.sub(r'[^\x20-\x7e]|["\\%]', "_", name)
+    said = f'attachment; filename="{plain}"'
+    return said if plain == name else f"{said}; filename*=UTF-8''{quote(name, safe='')}"
 
 
 def _alive() -> Any:

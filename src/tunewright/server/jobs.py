@@ -17,7 +17,7 @@ from sqlalchemy.exc import IntegrityError
 
 from tunewright import recipe as recipes
 from tunewright.endpoint.shapes import ApiError, Part
-from tunewright.server import files, models, store, tables, web
+from tunewright.server import documents, files, models, store, tables, web
 from tunewright.server.state import Server, Settings
 from tunewright.server.store import new_id, now
 from tunewright.server.web import After, Limit20, Training
@@ -25,7 +25,7 @@ from tunewright.server.web import After, Limit20, Training
 FINAL = ("succeeded", "failed", "cancelled")
 ORGANIZATION = "org-tunewright"
 
-router = APIRouter(tags=["fine-tuning"])
+router = APIRouter(tags=["fine-tuning"], route_class=web.Route)
 
 Auto = Literal["auto"]
 Epochs = Annotated[int, Field(ge=1, le=50)] | Auto | None
@@ -111,7 +111,7 @@ class JobIn(Part):
     integrations: list[dict[str, Any]] | None = Field(default=None, max_length=5)
 
 
-@router.post("/fine_tuning/jobs")
+@router.post("/fine_tuning/jobs", responses=documents.shows(documents.Job))
 def create_job(request: Request, caller: Training, wanted: JobIn) -> dict[str, Any]:
     server = web.server(request)
     method = _method(wanted)
@@ -122,8 +122,6 @@ def create_job(request: Request, caller: Training, wanted: JobIn) -> dict[str, A
             param="integrations",
             code="unsupported_parameter",
         )
-    if wanted.metadata and any("\x00" in text for pair in wanted.metadata.items() for text in pair):
-        raise ApiError(400, "Invalid 'metadata': it holds a NUL character.", param="metadata", code="invalid_value")
     for param in ("training_file", "validation_file"):
         if (file_id := getattr(wanted, param)) is not None:
             found = files.find(server, file_id, param=param)
@@ -170,7 +168,7 @@ def create_job(request: Request, caller: Training, wanted: JobIn) -> dict[str, A
     return shape(retrieve(server, job["id"]))
 
 
-@router.get("/fine_tuning/jobs")
+@router.get("/fine_tuning/jobs", responses=documents.shows(documents.Jobs))
 def list_jobs(request: Request, _caller: Training, after: After = None, limit: Limit20 = 20) -> dict[str, Any]:
     query = select(tables.jobs)
     pairs = tables.job_metadata
@@ -181,29 +179,29 @@ def list_jobs(request: Request, _caller: Training, after: After = None, limit: L
         query = query.where(
             exists().where(pairs.c.job_id == tables.jobs.c.id, pairs.c.key == key, pairs.c.value == value)
         )
-    with web.server(request).store.begin() as connection:
+    with web.server(request).store.read() as connection:
         found = web.listed(connection, query, tables.jobs, shape, after=after, limit=limit, what="job")
     return {"object": "list", "data": found["data"], "has_more": found["has_more"]}
 
 
-@router.get("/fine_tuning/jobs/{job_id}")
+@router.get("/fine_tuning/jobs/{job_id}", responses=documents.shows(documents.Job))
 def retrieve_job(request: Request, _caller: Training, job_id: str) -> dict[str, Any]:
     return shape(retrieve(web.server(request), job_id))
 
 
-@router.post("/fine_tuning/jobs/{job_id}/cancel")
+@router.post("/fine_tuning/jobs/{job_id}/cancel", responses=documents.shows(documents.Job))
 def cancel_job(request: Request, _caller: Training, job_id: str) -> dict[str, Any]:
     """Cancelling takes effect at the next step; a job that no worker has begun is cancelled at once."""
     return _ask(web.server(request), job_id, "cancel", refused=FINAL)
 
 
-@router.post("/fine_tuning/jobs/{job_id}/pause")
+@router.post("/fine_tuning/jobs/{job_id}/pause", responses=documents.shows(documents.Job))
 def pause_job(request: Request, _caller: Training, job_id: str) -> dict[str, Any]:
     """A checkpoint is written at the next step; `resume` goes on from it."""
     return _ask(web.server(request), job_id, "pause", refused=(*FINAL, "paused"))
 
 
-@router.post("/fine_tuning/jobs/{job_id}/resume")
+@router.post("/fine_tuning/jobs/{job_id}/resume", responses=documents.shows(documents.Job))
 def resume_job(request: Request, _caller: Training, job_id: str) -> dict[str, Any]:
     return _ask(web.server(request), job_id, "run", refused=(*FINAL, "validating_files", "queued", "running"))
 
@@ -219,19 +217,19 @@ def delete_job(request: Request, _caller: Training, job_id: str) -> None:
         connection.execute(delete(tables.jobs).where(tables.jobs.c.id == job_id))
 
 
-@router.get("/fine_tuning/jobs/{job_id}/events")
+@router.get("/fine_tuning/jobs/{job_id}/events", responses=documents.shows(documents.Events))
 def list_events(
     request: Request, _caller: Training, job_id: str, after: After = None, limit: Limit20 = 20
 ) -> dict[str, Any]:
     server = web.server(request)
     retrieve(server, job_id)
     query = select(tables.events).where(tables.events.c.job_id == job_id)
-    with server.store.begin() as connection:
+    with server.store.read() as connection:
         found = web.listed(connection, query, tables.events, event_shape, after=after, limit=limit, what="event")
     return {"object": "list", "data": found["data"], "has_more": found["has_more"]}
 
 
-@router.get("/fine_tuning/jobs/{job_id}/checkpoints")
+@router.get("/fine_tuning/jobs/{job_id}/checkpoints", responses=documents.shows(documents.Checkpoints))
 def list_checkpoints(
     request: Request,
     _caller: Training,
@@ -242,7 +240,7 @@ def list_checkpoints(
     server = web.server(request)
     retrieve(server, job_id)
     query = select(tables.checkpoints).where(tables.checkpoints.c.job_id == job_id)
-    with server.store.begin() as connection:
+    with server.store.read() as connection:
         return web.listed(
             connection,
             query,
@@ -260,7 +258,7 @@ def retrieve(server: Server, job_id: str) -> dict[str, Any]:
     Raises:
         ApiError: 404, there is none.
     """
-    with server.store.begin() as connection:
+    with server.store.read() as connection:
         job = store.row(connection, tables.jobs, id=job_id)
     if job is None:
         raise ApiError(

@@ -177,7 +177,7 @@ class Keyring:
         if fresh:
             return key
         digest = hashed(sent)
-        with self._store.begin() as connection:
+        with self._store.read() as connection:
             found = connection.execute(select(tables.keys).where(tables.keys.c.sha256 == digest)).mappings().first()
         key = None
         if found is not None and found["revoked_at"] is None:

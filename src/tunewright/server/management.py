@@ -25,7 +25,7 @@ from pydantic import Field, ValidationError
 from sqlalchemy import Connection, delete, insert, select, update
 
 from tunewright.endpoint.shapes import Part, explained
-from tunewright.server import accounts, arm, models, policies, store, tables, web
+from tunewright.server import accounts, arm, documents, models, policies, store, tables, web
 from tunewright.server import filter as filters
 from tunewright.server.accounts import Account, Tags
 from tunewright.server.admission import READY
@@ -55,7 +55,7 @@ DATED = re.compile(r"(.+)-(\d{4}-\d{2}-\d{2})")
 """A base's name that ends in its version, as clients send it to fine-tune: gpt-4.1-mini-2025-04-14."""
 UPGRADES = ("OnceNewDefaultVersionAvailable", "OnceCurrentVersionExpired", "NoAutoUpgrade")
 
-router = APIRouter(tags=["management"])
+router = APIRouter(tags=["management"], route_class=web.Route)
 router.include_router(accounts.router)
 router.include_router(policies.router)
 
@@ -104,7 +104,7 @@ class DeploymentPatch(Part):
     properties: dict[str, Any] | None = None
 
 
-@router.put(DEPLOYMENT)
+@router.put(DEPLOYMENT, responses=documents.shows(documents.Resource, 200, 201))
 def put_deployment(
     request: Request, _caller: Admin, account: Account, deployment: Name, wanted: DeploymentIn
 ) -> Response:
@@ -112,7 +112,7 @@ def put_deployment(
     return _answer(account, row, 201 if made else 200)
 
 
-@router.patch(DEPLOYMENT)
+@router.patch(DEPLOYMENT, responses=documents.shows(documents.Resource))
 def patch_deployment(
     request: Request, _caller: Admin, account: Account, deployment: Name, changes: DeploymentPatch
 ) -> Response:
@@ -133,18 +133,18 @@ def patch_deployment(
     return _answer(account, row, 200)
 
 
-@router.get(DEPLOYMENT)
+@router.get(DEPLOYMENT, responses=documents.shows(documents.Resource))
 def get_deployment(request: Request, _caller: Admin, account: Account, deployment: Name) -> Response:
     return _answer(account, _found(web.server(request), account, deployment), 200)
 
 
-@router.get(DEPLOYMENTS)
+@router.get(DEPLOYMENTS, responses=documents.shows(documents.Resources))
 def list_deployments(request: Request, _caller: Admin, account: Account) -> dict[str, Any]:
     with web.server(request).store.read() as connection:
         return {"value": [shape(account, row) for row in _of(connection, account["name"])]}
 
 
-@router.delete(DEPLOYMENT)
+@router.delete(DEPLOYMENT, status_code=204, responses=documents.GONE)
 def delete_deployment(request: Request, _caller: Admin, account: Account, deployment: Name) -> Response:
     """It stops answering at once; in other servers, within a second."""
     server = web.server(request)
@@ -157,7 +157,7 @@ def delete_deployment(request: Request, _caller: Admin, account: Account, deploy
     return Response(status_code=200 if gone.rowcount else 204)
 
 
-@router.get(f"{DEPLOYMENT}/skus")
+@router.get(f"{DEPLOYMENT}/skus", responses=documents.shows(documents.Values))
 def list_deployment_skus(request: Request, _caller: Admin, account: Account, deployment: Name) -> dict[str, Any]:
     _found(web.server(request), account, deployment)
     value = [
@@ -167,25 +167,25 @@ def list_deployment_skus(request: Request, _caller: Admin, account: Account, dep
     return {"value": value}
 
 
-@router.get(f"{arm.ACCOUNT}/models")
+@router.get(f"{arm.ACCOUNT}/models", responses=documents.shows(documents.Values))
 def list_account_models(request: Request, _caller: Admin, account: Account) -> dict[str, Any]:
     with web.server(request).store.read() as connection:
         return {"value": list(_models(connection))}
 
 
-@router.get(f"{arm.LOCATION}/models")
+@router.get(f"{arm.LOCATION}/models", responses=documents.shows(documents.Values))
 def list_models(request: Request, _caller: Admin, subscription: Subscription, location: Location) -> dict[str, Any]:
     with web.server(request).store.read() as connection:
         return {"value": [{"kind": "OpenAI", "skuName": "S0", "model": one} for one in _models(connection)]}
 
 
-@router.get(f"{arm.LOCATION}/usages")
+@router.get(f"{arm.LOCATION}/usages", responses=documents.shows(documents.Values))
 def list_usages(request: Request, _caller: Admin, subscription: Subscription, location: Location) -> dict[str, Any]:
     with web.server(request).store.read() as connection:
         return {"value": _usages(_capacities(connection, subscription, arm.location(location)))}
 
 
-@router.get(f"{arm.ACCOUNT}/usages")
+@router.get(f"{arm.ACCOUNT}/usages", responses=documents.shows(documents.Values))
 def list_account_usages(request: Request, _caller: Admin, account: Account) -> dict[str, Any]:
     with web.server(request).store.read() as connection:
         found: dict[str, int] = {}

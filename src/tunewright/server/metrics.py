@@ -12,7 +12,7 @@ import time
 from collections.abc import Iterable
 
 from fastapi import APIRouter, Request
-from fastapi.responses import Response
+from fastapi.responses import PlainTextResponse, Response
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from prometheus_client.core import GaugeMetricFamily
 from prometheus_client.registry import Collector
@@ -30,7 +30,7 @@ UNMATCHED = "unmatched"
 router = APIRouter()
 
 
-@router.get("/metrics", include_in_schema=False)
+@router.get("/metrics", response_class=PlainTextResponse)
 def show(request: Request) -> Response:
     return Response(generate_latest(request.app.state.server.metrics.registry), media_type=TEXT)
 

@@ -16,7 +16,7 @@ from sqlalchemy import Connection, delete, insert, select
 
 from tunewright.endpoint.shapes import ApiError
 from tunewright.errors import ModelError
-from tunewright.server import store, tables, web
+from tunewright.server import documents, store, tables, web
 from tunewright.server.state import Server
 from tunewright.server.store import Store, now
 from tunewright.server.web import Inference, Training
@@ -50,19 +50,19 @@ class Target:
         return hashlib.sha256(weights.encode()).hexdigest()[:16]
 
 
-@router.get("/models")
+@router.get("/models", responses=documents.shows(documents.Models))
 def list_models(request: Request, _caller: Inference) -> dict[str, Any]:
     server = web.server(request)
-    with server.store.begin() as connection:
+    with server.store.read() as connection:
         named = [dict(one) for one in connection.execute(select(tables.bases)).mappings()]
         tuned = [dict(one) for one in connection.execute(select(tables.models)).mappings()]
     data = [_base_shape(one) for one in named] + [_tuned_shape(one) for one in tuned if not one["checkpoint"]]
     return {"object": "list", "data": data}
 
 
-@router.get("/models/{model:path}")
+@router.get("/models/{model:path}", responses=documents.shows(documents.Model))
 def retrieve_model(request: Request, _caller: Inference, model: str) -> dict[str, Any]:
-    with web.server(request).store.begin() as connection:
+    with web.server(request).store.read() as connection:
         if (tuned := store.row(connection, tables.models, id=model)) is not None:
             return _tuned_shape(tuned)
         if (named := store.row(connection, tables.bases, name=model)) is not None:
@@ -70,7 +70,7 @@ def retrieve_model(request: Request, _caller: Inference, model: str) -> dict[str
     raise unknown(model)
 
 
-@router.delete("/models/{model:path}")
+@router.delete("/models/{model:path}", responses=documents.shows(documents.Deleted))
 def delete_model(request: Request, _caller: Training, model: str) -> dict[str, Any]:
     """Delete a tuned model. One that a deployment serves stays, and so do bases."""
     server = web.server(request)
@@ -153,7 +153,7 @@ def find(server: Server, name: str) -> Target:
     Raises:
         ApiError: 404, nothing does.
     """
-    with server.store.begin() as connection:
+    with server.store.read() as connection:
         found = known(connection, server.settings.data, name)
     if found is None:
         raise unknown(name)

@@ -5,16 +5,16 @@ from __future__ import annotations
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Request
-from pydantic import AfterValidator, Field
+from pydantic import AfterValidator, WithJsonSchema
 from pydantic_core import PydanticCustomError
 
 from tunewright.endpoint.shapes import ApiError, Part
+from tunewright.server import documents, web
 from tunewright.server import filter as filters
-from tunewright.server import web
 from tunewright.server.store import new_id
 from tunewright.server.web import Inference
 
-router = APIRouter(tags=["moderations"])
+router = APIRouter(tags=["moderations"], route_class=web.Route)
 
 MODEL = "tunewright-moderation"
 OPENAI = {
@@ -53,12 +53,25 @@ def _texts(value: Any) -> list[str]:
     return texts
 
 
+PART = {
+    "type": "object",
+    "required": ["type", "text"],
+    "properties": {"type": {"const": "text"}, "text": {"type": "string"}},
+}
+INPUT: dict[str, Any] = {
+    "anyOf": [
+        {"type": "string"},
+        {"type": "array", "minItems": 1, "items": {"anyOf": [{"type": "string"}, PART]}},
+    ]
+}
+
+
 class ModerationIn(Part):
-    input: Annotated[Any, AfterValidator(_texts), Field(json_schema_extra={"type": ["string", "array"]})]
+    input: Annotated[Any, AfterValidator(_texts), WithJsonSchema(INPUT)]
     model: str | None = None
 
 
-@router.post("/moderations")
+@router.post("/moderations", responses=documents.shows(documents.Moderation))
 async def moderate(request: Request, _caller: Inference, wanted: ModerationIn) -> dict[str, Any]:
     server = web.server(request)
     try:
@@ -70,7 +83,7 @@ async def moderate(request: Request, _caller: Inference, wanted: ModerationIn) -
     return {"id": new_id("modr-"), "model": wanted.model or MODEL, "results": [_result(one) for one in found]}
 
 
-@router.get("/moderations")
+@router.get("/moderations", responses=documents.shows(documents.Classifier))
 async def describe(request: Request, _caller: Inference) -> dict[str, Any]:
     """Which classifier judges here."""
     return {

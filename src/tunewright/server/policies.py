@@ -11,7 +11,7 @@ from pydantic_core import PydanticCustomError
 from sqlalchemy import Connection, Table, delete, insert, select, update
 
 from tunewright.endpoint.shapes import Part
-from tunewright.server import accounts, arm, store, tables, web
+from tunewright.server import accounts, arm, documents, store, tables, web
 from tunewright.server import filter as filters
 from tunewright.server.accounts import Account
 from tunewright.server.arm import Location, Name, Subscription
@@ -19,7 +19,7 @@ from tunewright.server.state import Server
 from tunewright.server.store import now
 from tunewright.server.web import Admin
 
-router = APIRouter(tags=["management"])
+router = APIRouter(tags=["management"], route_class=web.Route)
 
 POLICIES = f"{arm.ACCOUNT}/raiPolicies"
 LISTS = f"{arm.ACCOUNT}/raiBlocklists"
@@ -85,7 +85,7 @@ class NamedItemIn(ItemIn):
     name: Annotated[str, Field(pattern=arm.NAME)]
 
 
-@router.put(f"{POLICIES}/{{policy}}")
+@router.put(f"{POLICIES}/{{policy}}", responses=documents.shows(documents.Resource, 200, 201))
 def put_policy(request: Request, _caller: Admin, account: Account, policy: Name, wanted: PolicyIn) -> Response:
     """Filters that are not named are those of the policy it is based on."""
     _own(policy)
@@ -105,7 +105,7 @@ def put_policy(request: Request, _caller: Admin, account: Account, policy: Name,
     return JSONResponse(_policy_shape(account, policy, properties), 201 if made else 200)
 
 
-@router.get(f"{POLICIES}/{{policy}}")
+@router.get(f"{POLICIES}/{{policy}}", responses=documents.shows(documents.Resource))
 def get_policy(request: Request, _caller: Admin, account: Account, policy: Name) -> dict[str, Any]:
     if (system := _system_name(policy)) is not None:
         return _policy_shape(account, system, filters.SYSTEM[system])
@@ -114,7 +114,7 @@ def get_policy(request: Request, _caller: Admin, account: Account, policy: Name)
     return _policy_shape(account, body["name"], body["properties"])
 
 
-@router.get(POLICIES)
+@router.get(POLICIES, responses=documents.shows(documents.Resources))
 def list_policies(request: Request, _caller: Admin, account: Account) -> dict[str, Any]:
     with web.server(request).store.read() as connection:
         own = [row["body"] for row in _rows(connection, tables.policies, account)]
@@ -122,7 +122,7 @@ def list_policies(request: Request, _caller: Admin, account: Account) -> dict[st
     return {"value": value + [_policy_shape(account, body["name"], body["properties"]) for body in own]}
 
 
-@router.delete(f"{POLICIES}/{{policy}}")
+@router.delete(f"{POLICIES}/{{policy}}", status_code=204)
 def delete_policy(request: Request, _caller: Admin, account: Account, policy: Name) -> Response:
     """One that a deployment has stays."""
     _own(policy)
@@ -141,7 +141,7 @@ def delete_policy(request: Request, _caller: Admin, account: Account, policy: Na
     return Response(status_code=204)
 
 
-@router.put(f"{LISTS}/{{blocklist}}")
+@router.put(f"{LISTS}/{{blocklist}}", responses=documents.shows(documents.Resource, 200, 201))
 def put_blocklist(request: Request, _caller: Admin, account: Account, blocklist: Name, wanted: ListIn) -> Response:
     """Its items stay."""
     description = wanted.properties.description if wanted.properties else None
@@ -153,19 +153,19 @@ def put_blocklist(request: Request, _caller: Admin, account: Account, blocklist:
     return JSONResponse(_list_shape(account, body), 201 if made else 200)
 
 
-@router.get(f"{LISTS}/{{blocklist}}")
+@router.get(f"{LISTS}/{{blocklist}}", responses=documents.shows(documents.Resource))
 def get_blocklist(request: Request, _caller: Admin, account: Account, blocklist: Name) -> dict[str, Any]:
     return _list_shape(account, _list(web.server(request), account, blocklist))
 
 
-@router.get(LISTS)
+@router.get(LISTS, responses=documents.shows(documents.Resources))
 def list_blocklists(request: Request, _caller: Admin, account: Account) -> dict[str, Any]:
     with web.server(request).store.read() as connection:
         found = [row["body"] for row in _rows(connection, tables.blocklists, account)]
     return {"value": [_list_shape(account, body) for body in found]}
 
 
-@router.delete(f"{LISTS}/{{blocklist}}")
+@router.delete(f"{LISTS}/{{blocklist}}", status_code=204)
 def delete_blocklist(request: Request, _caller: Admin, account: Account, blocklist: Name) -> Response:
     """One that a policy holds stays: it would stop filtering without anybody having said so."""
     with web.server(request).store.begin() as connection:
@@ -181,7 +181,7 @@ def delete_blocklist(request: Request, _caller: Admin, account: Account, blockli
     return Response(status_code=204)
 
 
-@router.put(f"{ITEMS}/{{item}}")
+@router.put(f"{ITEMS}/{{item}}", responses=documents.shows(documents.Resource, 200, 201))
 def put_item(
     request: Request, _caller: Admin, account: Account, blocklist: Name, item: Name, wanted: ItemIn
 ) -> Response:
@@ -189,7 +189,7 @@ def put_item(
     return JSONResponse(_item_shape(account, blocklist, item, _kept(wanted.properties)), 201 if made else 200)
 
 
-@router.get(f"{ITEMS}/{{item}}")
+@router.get(f"{ITEMS}/{{item}}", responses=documents.shows(documents.Resource))
 def get_item(request: Request, _caller: Admin, account: Account, blocklist: Name, item: Name) -> dict[str, Any]:
     body = _list(web.server(request), account, blocklist)
     found = next((one for one in body["items"].items() if one[0].lower() == item.lower()), None)
@@ -198,19 +198,19 @@ def get_item(request: Request, _caller: Admin, account: Account, blocklist: Name
     return _item_shape(account, body["name"], *found)
 
 
-@router.get(ITEMS)
+@router.get(ITEMS, responses=documents.shows(documents.Resources))
 def list_items(request: Request, _caller: Admin, account: Account, blocklist: Name) -> dict[str, Any]:
     body = _list(web.server(request), account, blocklist)
     return {"value": [_item_shape(account, body["name"], name, one) for name, one in body["items"].items()]}
 
 
-@router.delete(f"{ITEMS}/{{item}}")
+@router.delete(f"{ITEMS}/{{item}}", status_code=204)
 def delete_item(request: Request, _caller: Admin, account: Account, blocklist: Name, item: Name) -> Response:
     _remove(web.server(request), account, blocklist, [item])
     return Response(status_code=204)
 
 
-@router.post(f"{LISTS}/{{blocklist}}/addRaiBlocklistItems")
+@router.post(f"{LISTS}/{{blocklist}}/addRaiBlocklistItems", responses=documents.shows(documents.Resource))
 def add_items(
     request: Request, _caller: Admin, account: Account, blocklist: Name, wanted: list[NamedItemIn]
 ) -> dict[str, Any]:
@@ -219,13 +219,13 @@ def add_items(
     return _list_shape(account, _list(server, account, blocklist))
 
 
-@router.post(f"{LISTS}/{{blocklist}}/deleteRaiBlocklistItems")
+@router.post(f"{LISTS}/{{blocklist}}/deleteRaiBlocklistItems", status_code=204)
 def delete_items(request: Request, _caller: Admin, account: Account, blocklist: Name, names: list[str]) -> Response:
     _remove(web.server(request), account, blocklist, names)
     return Response(status_code=204)
 
 
-@router.get(f"{arm.LOCATION}/raiContentFilters")
+@router.get(f"{arm.LOCATION}/raiContentFilters", responses=documents.shows(documents.Resources))
 def list_filters(request: Request, _caller: Admin, subscription: Subscription, location: Location) -> dict[str, Any]:
     """What can be filtered here."""
     place = f"/subscriptions/{subscription}/providers/{arm.PROVIDER}/locations/{location}/raiContentFilters"

@@ -17,15 +17,15 @@ from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Request
 from fastapi.responses import Response
-from pydantic import AfterValidator, Field, ValidationError
+from pydantic import AfterValidator, Field, ValidationError, WithJsonSchema
 from pydantic_core import PydanticCustomError, to_json
 from sqlalchemy import delete, insert
 
 from tunewright.endpoint.answering import while_connected
 from tunewright.endpoint.diary import CLIENT_LEFT, entry
 from tunewright.endpoint.shapes import ApiError, Flag, Part, explained, invalid
-from tunewright.server import store, tables, web
-from tunewright.server.chat import CHAT, Job, documented, let_in, streamed
+from tunewright.server import documents, store, tables, web
+from tunewright.server.chat import CHAT, Job, let_in, streamed
 from tunewright.server.state import Server
 from tunewright.server.store import new_id, now
 from tunewright.server.web import Caller, Inference
@@ -39,9 +39,12 @@ def _items(value: Any) -> Any:
     raise PydanticCustomError("input", "it is a text or a list of items")
 
 
+INPUT = {"anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "object"}}]}
+
+
 class ResponseRequest(Part):
     model: str | None = None
-    input: Annotated[Any, AfterValidator(_items)] = Field(default=[])
+    input: Annotated[Any, AfterValidator(_items), WithJsonSchema(INPUT)] = Field(default=[])
     instructions: str | None = None
     max_output_tokens: int | None = Field(default=None, ge=1)
     metadata: dict[str, str] | None = Field(default=None, max_length=16)
@@ -76,11 +79,17 @@ REFUSED = {
 """What would change the answer and cannot be honoured: why."""
 
 
-@router.post("/responses", openapi_extra=documented(ResponseRequest))
+@router.post(
+    "/responses",
+    openapi_extra=documents.reads(ResponseRequest),
+    responses=documents.shows(documents.Response, streamed=True),
+)
 async def create_response(request: Request) -> Response:
     caller = await web.authenticated(request, "inference")
     server = web.server(request)
-    wanted = _read(await request.body())
+    raw = await request.body()
+    wanted = _read(raw)
+    await web.check_storable(raw)
     said = await _earlier(server, caller, wanted)
     said += _messages(wanted)
     try:
@@ -99,13 +108,13 @@ async def create_response(request: Request) -> Response:
     return Response(to_json(answer), media_type="application/json")
 
 
-@router.get("/responses/{response_id}")
+@router.get("/responses/{response_id}", responses=documents.shows(documents.Response))
 def retrieve_response(request: Request, caller: Inference, response_id: str) -> dict[str, Any]:
     found: dict[str, Any] = _find(web.server(request), caller, response_id)["body"]
     return found
 
 
-@router.delete("/responses/{response_id}")
+@router.delete("/responses/{response_id}", responses=documents.shows(documents.Deleted))
 def delete_response(request: Request, caller: Inference, response_id: str) -> dict[str, Any]:
     server = web.server(request)
     _find(server, caller, response_id)
@@ -329,7 +338,7 @@ def _find(server: Server, caller: Caller, response_id: str) -> dict[str, Any]:
     """A response's row; only for the key that it was written for, and for administrators."""
     found = None
     if response_id.isprintable():  # PostgreSQL takes no NUL
-        with server.store.begin() as connection:
+        with server.store.read() as connection:
             found = store.row(connection, tables.responses, id=response_id)
     if found is None or (found["key_id"] != caller.key.id and not caller.key.opens("admin")):
         raise web.not_found("response", response_id[:128], param="response_id")

@@ -99,8 +99,15 @@ def now() -> int:
 
 def row(connection: Connection, table: Table, **where: Any) -> dict[str, Any] | None:
     """The one row of a table with these values, None if there is none."""
+    if not all(storable(value) for value in where.values() if isinstance(value, str)):
+        return None
     found = connection.execute(select(table).filter_by(**where)).mappings().first()
     return dict(found) if found is not None else None
+
+
+def storable(text: str) -> bool:
+    """Whether the database can hold a text. PostgreSQL has no NUL, and neither has half of a surrogate pair."""
+    return "\x00" not in text and (text.isascii() or not any("\ud800" <= one <= "\udfff" for one in text))
 
 
 def page(

@@ -8,12 +8,17 @@ result files and model names.
 from __future__ import annotations
 
 import asyncio
+import json
+import math
 import re
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Callable, Coroutine, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
 from fastapi import Depends, Query, Request
+from fastapi.responses import Response
+from fastapi.routing import APIRoute
+from pydantic_core import from_json
 from sqlalchemy import Connection, Select, Table
 
 from tunewright.endpoint.shapes import ApiError
@@ -46,17 +51,66 @@ class Caller:
     surface: Surface
 
 
-def caller(scope: Scope) -> Callable[[Request], Awaitable[Caller]]:
+class Door:
     """A dependency: the caller, whose key must open `scope`.
 
     Raises:
         ApiError: 401 without a key that is known, 403 where it is for something else.
     """
 
-    async def authenticate(request: Request) -> Caller:
-        return await authenticated(request, scope)
+    def __init__(self, scope: Scope) -> None:
+        self.scope = scope
 
-    return authenticate
+    async def __call__(self, request: Request) -> Caller:
+        return await authenticated(request, self.scope)
+
+
+class Route(APIRoute):
+    """A route whose body FastAPI reads: the key is asked for before the body is, and the body is strict JSON."""
+
+    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
+        handle = super().get_route_handler()
+        door = next((one.call for one in self.dependant.dependencies if isinstance(one.call, Door)), None)
+
+        async def handled(request: Request) -> Response:
+            if door is not None and self.body_field is not None:
+                await door(request)
+            return await handle(_Strict(request.scope, request.receive))
+
+        return handled
+
+
+class _Strict(Request):
+    """A request whose JSON is what RFC 8259 allows, as on the routes of completions: no NaN, no half of a surrogate
+    pair, which no answer could carry again; nothing that nests deeper than 200."""
+
+    async def json(self) -> Any:
+        raw = await self.body()
+        try:
+            value = from_json(raw, allow_inf_nan=False)
+        except ValueError as error:
+            raise json.JSONDecodeError(str(error), "", 0) from None
+        await check_storable(raw)
+        return value
+
+
+async def check_storable(raw: bytes) -> None:
+    """Look for what a body of JSON may say and no database can keep: NUL, and numbers beyond all floats.
+
+    Raises:
+        ApiError: 400, there is such a thing.
+    """
+    if not UNUSUAL.search(raw):
+        return
+    found = await asyncio.to_thread(lambda: _unstorable(from_json(raw)))
+    if found is not None:
+        place, what = found
+        said = f"Invalid '{place}': it holds {what}." if place else f"The body holds {what}."
+        raise ApiError(400, said, param=place or None, code="invalid_value")
+
+
+UNUSUAL = re.compile(rb"\\u0000|[eE]\+?[0-9]{3}|[0-9]{300}")
+"""What a body has that has to be looked through; others, nearly all, are not."""
 
 
 async def authenticated(request: Request, scope: Scope) -> Caller:
@@ -83,9 +137,9 @@ async def authenticated(request: Request, scope: Scope) -> Caller:
     return Caller(key, where)
 
 
-Admin = Annotated[Caller, Depends(caller("admin"))]
-Training = Annotated[Caller, Depends(caller("training"))]
-Inference = Annotated[Caller, Depends(caller("inference"))]
+Admin = Annotated[Caller, Depends(Door("admin"))]
+Training = Annotated[Caller, Depends(Door("training"))]
+Inference = Annotated[Caller, Depends(Door("inference"))]
 
 
 def not_found(what: str, id: str, *, param: str, code: str | None = None) -> ApiError:
@@ -135,9 +189,33 @@ def asked_metadata(request: Request) -> Mapping[str, str] | None:
         return None
     found = {}
     for name, value in request.query_params.multi_items():
-        if match := re.fullmatch(r"metadata\[(.+)\]", name):
+        if match := re.fullmatch(r"metadata\[(.+)\]", name, re.DOTALL):
+            if not store.storable(match[1]) or not store.storable(value):
+                raise _bad_metadata("it holds a NUL character")
             found[match[1]] = value
+    if len(found) > 16:
+        raise _bad_metadata("a job has at most 16 pairs")
     return found
+
+
+def _bad_metadata(why: str) -> ApiError:
+    return ApiError(400, f"Invalid 'metadata': {why}.", param="metadata", code="invalid_value")
+
+
+def _unstorable(value: Any, place: str = "") -> tuple[str, str] | None:
+    """Where in a JSON value something cannot be kept, and what; "" is the value itself."""
+    parts: Iterable[tuple[str, Any]] = ()
+    if isinstance(value, float) and math.isinf(value):
+        return place, "a number that is too large"
+    if isinstance(value, str) and "\x00" in value:
+        return place, "a NUL character"
+    if isinstance(value, dict):
+        if any("\x00" in key for key in value):
+            return place, "a NUL character"
+        parts = ((f"{place}.{key}" if place else key, part) for key, part in value.items())
+    elif isinstance(value, list):
+        parts = ((f"{place}[{number}]", part) for number, part in enumerate(value))
+    return next((found for name, part in parts if (found := _unstorable(part, name)) is not None), None)
 
 
 def _sent_key(request: Request) -> str:
