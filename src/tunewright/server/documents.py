@@ -74,6 +74,29 @@ class Files(Page):
     last_id: str | None
 
 
+class UsageResult(Shown):
+    object: Literal["organization.usage.completions.result"]
+    input_tokens: int
+    output_tokens: int
+    num_model_requests: int
+    api_key_id: str | None
+    model: str | None
+
+
+class UsageBucket(Shown):
+    object: Literal["bucket"]
+    start_time: int
+    end_time: int
+    results: list[UsageResult]
+
+
+class UsagePage(Shown):
+    object: Literal["page"]
+    data: list[UsageBucket]
+    has_more: bool
+    next_page: str | None
+
+
 class Deleted(Shown):
     id: str
     object: str

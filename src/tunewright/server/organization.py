@@ -10,7 +10,7 @@ from fastapi import APIRouter, Query, Request
 from sqlalchemy import Connection, func, select
 
 from tunewright.endpoint.shapes import ApiError
-from tunewright.server import tables, web
+from tunewright.server import documents, tables, web
 from tunewright.server.store import now
 from tunewright.server.web import Admin
 
@@ -26,12 +26,12 @@ BUCKETS = 7
 MOST_BUCKETS = 31
 MOST_VALUES = 100
 
-router = APIRouter(tags=["usage"], prefix="/organization/usage")
+router = APIRouter(tags=["usage"], route_class=web.Route)
 
 Second = Annotated[int, Query(ge=0, le=253402300799)]
 
 
-@router.get("/completions")
+@router.get("/organization/usage/completions", responses=documents.shows(documents.UsagePage))
 def completions_usage(
     request: Request,
     _caller: Admin,
@@ -49,7 +49,7 @@ def completions_usage(
     last = max(_day(until - 1), _day(start_time)) if until > start_time else _day(start_time) - timedelta(days=1)
     days = [first + timedelta(days=number) for number in range(min(limit, max(0, (last - first).days + 1)))]
     only: dict[Column, list[str]] = {"api_key_id": _asked(request, "api_key_ids"), "model": _asked(request, "models")}
-    with web.server(request).store.begin() as connection:
+    with web.server(request).store.read() as connection:
         found = used(connection, days[0], days[-1], by, only) if days else []
     more = bool(days) and days[-1] < last
     return {
