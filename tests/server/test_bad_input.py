@@ -144,6 +144,17 @@ def test_a_compressed_body_is_not_read(echo: Running) -> None:
             check_error(reply, 415)
 
 
+@pytest.mark.parametrize("host", ["[", "a b", "x:y:z", "\u00e9".encode(), "", "a/../b?c#d"])
+def test_a_host_that_is_none(echo: Running, host: str | bytes) -> None:
+    with client(echo, echo.admin_key) as http:
+        for path, statuses in (("/v1/dreams", (404,)), ("/v1/files/none", (404,)), (f"{LOCAL}/dreams", (404,))):
+            check_error(http.get(path, headers=[("host", host)]), *statuses)
+        for path in (LOCAL, "/v1/models"):
+            reply = http.get(path, headers=[("host", host)])
+            assert reply.status_code in (200, 400), reply.text
+        check_error(httpx2.get(f"{echo.url}/v1/models", headers=[("host", host)], trust_env=False), 401)
+
+
 QUERIES = [
     "limit=-1",
     "limit=0",

@@ -344,7 +344,6 @@ def test_results_are_empty_where_nothing_was_measured() -> None:
 def test_a_million_rows_are_checked_in_bounded_memory(served: Running, base: str, tmp_path: Path) -> None:
     """Where all is well, and where the last line is not, which is named; the memory is hardly that of twelve rows'."""
     bad = b'{"messages": [{"role": "user", "content": "x"}\n'
-    took: dict[str, tuple[float, float, int]] = {}
     for name, rows, end in (("few", 12, b""), ("many", 1_000_000, b""), ("bad", 999_999, bad)):
         path = tmp_path / f"{name}.jsonl"
         with path.open("wb") as file:
@@ -355,7 +354,7 @@ def test_a_million_rows_are_checked_in_bounded_memory(served: Running, base: str
             )
             file.write(end)
         began = time.monotonic()
-        with Peak() as server, path.open("rb") as file:
+        with Peak() as sending, path.open("rb") as file:
             made = served.client().files.create(file=file, purpose="fine-tune").id
         uploaded_s = time.monotonic() - began
         job = served.client().fine_tuning.jobs.create(model=base, training_file=made)
@@ -363,32 +362,28 @@ def test_a_million_rows_are_checked_in_bounded_memory(served: Running, base: str
         found = claim(served.server, worker.name, CHECKING)
         assert found is not None
         began = time.monotonic()
-        with Peak(children=True) as stages, Peak() as own:
+        with Peak() as checking:
             worker.work(found)
-        took[name] = (uploaded_s, time.monotonic() - began, stages.bytes)
+        checked_s = time.monotonic() - began
         done = served.client().fine_tuning.jobs.retrieve(job.id)
         print(
-            f"{name}: {path.stat().st_size >> 20} MB, upload {uploaded_s:.1f} s (+{server.grown >> 20} MB), check "
-            f"{took[name][1]:.1f} s, stages {stages.bytes >> 20} MB at their peak, worker +{own.grown >> 20} MB"
+            f"{name}: {path.stat().st_size >> 20} MB, upload {uploaded_s:.1f} s (+{sending.grown >> 20} MB), "
+            f"check {checked_s:.1f} s (+{checking.grown >> 20} MB)"
         )
-        assert server.grown < 64 << 20
-        assert own.grown < 160 << 20  # the plan counts tokens in the worker itself: about 30 bytes for each row
+        assert sending.grown < 64 << 20
+        assert checking.grown < 160 << 20
         if name == "bad":
             assert (done.status, done.error.code) == ("failed", "invalid_training_file")
             assert f"{made} line 1000000" in done.error.message, done.error
         else:
             assert done.status == "queued", done.error
             served.client().fine_tuning.jobs.cancel(job.id)
-    for name in ("many", "bad"):
-        assert took[name][2] - took["few"][2] < 256 << 20
-        assert took[name][1] < 600
 
 
 class Peak:
-    """The most memory of this process, or of its children together, while the block runs."""
+    """The most memory of this process, and of whatever it starts, while the block runs."""
 
-    def __init__(self, *, children: bool = False) -> None:
-        self._children = children
+    def __init__(self) -> None:
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._look)
         self.before = self.bytes = self._now()
@@ -412,7 +407,7 @@ class Peak:
     def _now(self) -> int:
         me = psutil.Process()
         total = 0
-        for one in me.children(recursive=True) if self._children else [me]:
+        for one in [me, *me.children(recursive=True)]:
             with contextlib.suppress(psutil.Error):  # it has ended meanwhile
                 total += one.memory_info().rss
         return total

@@ -161,7 +161,7 @@ def _most_bytes(path: str) -> int:
 
 async def _api_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, ApiError)
-    body = arm.body(error) if web.surface(request.url.path) == "management" else error.body
+    body = arm.body(error) if web.surface(request.scope["path"]) == "management" else error.body
     return JSONResponse(body, error.status, error.headers)
 
 
@@ -192,7 +192,7 @@ async def _invalid(request: Request, error: Exception) -> Response:
 async def _http_error(request: Request, error: Exception) -> Response:
     """What the router says: no such route, or not with this method."""
     assert isinstance(error, HTTPException)
-    where = f"{request.method} {request.url.path}"
+    where = f"{request.method} {request.scope['path']}"
     if error.status_code == 405:
         said = ApiError(405, f"Not allowed: {where}.", code="method_not_supported", headers=error.headers)
     elif error.status_code == 404:
