@@ -99,6 +99,27 @@ def test_every_route_that_reads_json_refuses_what_is_none(echo: Running, every: 
             check_error(http.request(one.method, one.path, content=body, headers=JSON), 400)
 
 
+def test_what_is_wrong_with_json_is_said(echo: Running) -> None:
+    with client(echo, echo.admin_key) as http:
+        for path in ("/v1/uploads", "/openai/fine_tuning/jobs", "/v1/chat/completions", "/v1/responses"):
+            for body, said in (
+                (b'{"a": 1,}', "line 1 column 9"),
+                (b"[" * 1000, "recursion limit exceeded"),
+                (b'{"a": "\\ud800"}', "hex escape"),
+                (b'{"a": 1', "EOF while parsing an object"),
+            ):
+                reply = http.post(path, content=body, headers=JSON)
+                check_error(reply, 400)
+                assert said in reply.json()["error"]["message"], reply.text
+
+
+def test_arguments_of_a_call_that_nest_for_ever(echo: Running) -> None:
+    call = {"id": "c", "type": "function", "function": {"name": "f", "arguments": '{"a":' * 100_000}}
+    asked = {"model": "base", "messages": [{"role": "assistant", "tool_calls": [call]}]}
+    with client(echo, echo.admin_key) as http:
+        check_error(http.post("/v1/chat/completions", json=asked), 400)
+
+
 @pytest.mark.parametrize("body", [b'{"model": NaN}', b'{"model": -Infinity}'])
 def test_what_only_python_writes_is_no_json(echo: Running, one_surface: list[Route], body: bytes) -> None:
     """Where FastAPI reads; the routes of completions pass over what they do not know, whatever it is."""

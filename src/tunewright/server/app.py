@@ -183,7 +183,9 @@ async def _invalid(request: Request, error: Exception) -> Response:
     assert isinstance(error, RequestValidationError)
     problem = dict(error.errors()[0])
     place, *rest = problem["loc"]
-    problem["loc"] = tuple(rest) if problem["type"] != "json_invalid" else ()
+    problem["loc"] = tuple(rest)
+    if problem["type"] == "json_invalid":
+        problem |= {"loc": (), "msg": problem["ctx"]["error"]}
     if place == "body" and not rest and problem["type"] == "missing":
         problem["loc"] = ()
     return await _api_error(request, explained(cast(ErrorDetails, problem)))
