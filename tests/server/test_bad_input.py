@@ -99,6 +99,27 @@ def test_every_route_that_reads_json_refuses_what_is_none(echo: Running, every: 
             check_error(http.request(one.method, one.path, content=body, headers=JSON), 400)
 
 
+def test_what_is_wrong_with_json_is_said(echo: Running) -> None:
+    with client(echo, echo.admin_key) as http:
+        for path in ("/v1/uploads", "/openai/fine_tuning/jobs", "/v1/chat/completions", "/v1/responses"):
+            for body, said in (
+                (b'{"a": 1,}', "line 1 column 9"),
+                (b"[" * 1000, "recursion limit exceeded"),
+                (b'{"a": "\\ud800"}', "hex escape"),
+                (b'{"a": 1', "EOF while parsing an object"),
+            ):
+                reply = http.post(path, content=body, headers=JSON)
+                check_error(reply, 400)
+                assert said in reply.json()["error"]["message"], reply.text
+
+
+def test_arguments_of_a_call_that_nest_for_ever(echo: Running) -> None:
+    call = {"id": "c", "type": "function", "function": {"name": "f", "arguments": '{"a":' * 100_000}}
+    asked = {"model": "base", "messages": [{"role": "assistant", "tool_calls": [call]}]}
+    with client(echo, echo.admin_key) as http:
+        check_error(http.post("/v1/chat/completions", json=asked), 400)
+
+
 @pytest.mark.parametrize("body", [b'{"model": NaN}', b'{"model": -Infinity}'])
 def test_what_only_python_writes_is_no_json(echo: Running, one_surface: list[Route], body: bytes) -> None:
     """Where FastAPI reads; the routes of completions pass over what they do not know, whatever it is."""
@@ -142,6 +163,17 @@ def test_a_compressed_body_is_not_read(echo: Running) -> None:
             method = "PUT" if path.startswith("/sub") else "POST"
             reply = http.request(method, path, content=body, headers={**JSON, "content-encoding": "gzip"})
             check_error(reply, 415)
+
+
+@pytest.mark.parametrize("host", ["[", "a b", "x:y:z", "\u00e9".encode(), "", "a/../b?c#d"])
+def test_a_host_that_is_none(echo: Running, host: str | bytes) -> None:
+    with client(echo, echo.admin_key) as http:
+        for path, statuses in (("/v1/dreams", (404,)), ("/v1/files/none", (404,)), (f"{LOCAL}/dreams", (404,))):
+            check_error(http.get(path, headers=[("host", host)]), *statuses)
+        for path in (LOCAL, "/v1/models"):
+            reply = http.get(path, headers=[("host", host)])
+            assert reply.status_code in (200, 400), reply.text
+        check_error(httpx2.get(f"{echo.url}/v1/models", headers=[("host", host)], trust_env=False), 401)
 
 
 QUERIES = [

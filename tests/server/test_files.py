@@ -5,11 +5,12 @@ from __future__ import annotations
 import hashlib
 import http.client
 import io
+import json
 import os
 import time
 import urllib.request
 from pathlib import Path
-from urllib.parse import urlsplit
+from urllib.parse import unquote, urlsplit
 
 import openai
 import psutil
@@ -111,6 +112,52 @@ def test_names_stay_names(served: Running, name: str, shown: str) -> None:
     assert [path.name for path in (served.server.settings.data / "files").iterdir()] == [made.id]
 
 
+@pytest.mark.parametrize(
+    ("name", "charset", "shown"),
+    [
+        (b"a\x01\x1b[2Jb.jsonl", "", "a__[2Jb.jsonl"),
+        (b"x" * 3000, "", "x" * 255),
+        ("\u202etxt.\U0001f600".encode(), "", "\u202etxt.\U0001f600"),
+        ("a\u0085b\u2028c".encode(), "", "a_b_c"),
+        (b"\xff\xfe", "", "\u00ff\u00fe"),
+        (b"+2AA-half", "; charset=utf-7", "_half"),
+        (b"..", "", ".."),
+        (b"%0d%0ax-injected: yes", "", "%0d%0ax-injected: yes"),
+        (b"a;b,c='d'", "", "a;b,c='d'"),
+    ],
+)
+def test_names_that_no_sdk_sends(served: Running, name: bytes, charset: str, shown: str) -> None:
+    body, kind = form(("purpose", None, b"fine-tune"), ("file", "NAME", ROWS))
+    status, said = post(served, "/v1/files", body.replace(b"NAME", name), kind + charset)
+    assert status == 200, said
+    made = json.loads(said)
+    assert made["filename"] == shown
+    assert [path.name for path in (served.server.settings.data / "files").iterdir()] == [made["id"]]
+    client = served.client()
+    assert client.files.retrieve(made["id"]).filename == shown
+    headers = client.files.with_raw_response.content(made["id"]).headers
+    assert "x-injected" not in headers
+    _, _, kept = headers["content-disposition"].partition("filename*=UTF-8''")
+    plain = headers["content-disposition"].removeprefix('attachment; filename="').partition('"')[0]
+    assert plain.isascii()
+    assert unquote(kept) == shown if kept else plain == shown
+
+
+def test_a_name_that_is_longer_than_any_is_refused(served: Running) -> None:
+    status, said = post(served, "/v1/files", *form(("purpose", None, b"fine-tune"), ("file", "x" * 10_000, ROWS)))
+    assert status == 400
+    assert openai_error(said)["code"] == "invalid_body"
+    assert list((served.server.settings.data / "files").iterdir()) == []
+
+
+@pytest.mark.parametrize("seconds", ["\u00b2", "9" * 5000, "-1", "1e9", "3600.5", "", "nan"])
+def test_times_that_are_none(served: Running, seconds: str) -> None:
+    expires = ("expires_after[anchor]", None, b"created_at"), ("expires_after[seconds]", None, seconds.encode())
+    status, said = post(served, "/v1/files", *form(("purpose", None, b"batch"), ("file", "a", ROWS), *expires))
+    assert status == 400, said
+    assert openai_error(said)["param"] == "expires_after"
+
+
 def test_what_is_no_upload_is_said_to_be_none(served: Running) -> None:
     file = ("file", "a.jsonl", ROWS)
     cases = [
@@ -133,8 +180,6 @@ def test_what_is_no_upload_is_said_to_be_none(served: Running) -> None:
 
 
 def openai_error(body: bytes) -> dict[str, object]:
-    import json
-
     error: dict[str, object] = json.loads(body)["error"]
     assert set(error) == {"message", "type", "param", "code"}
     return error
@@ -278,8 +323,6 @@ class Zeros(io.RawIOBase):
 
 
 def test_what_nobody_offers(served: Running) -> None:
-    import json
-
     for method, path, code in (("GET", "/v1/dreams", "unknown_url"), ("PATCH", "/v1/files", "method_not_supported")):
         request = urllib.request.Request(f"{served.url}{path}", method=method)
         with pytest.raises(urllib.error.HTTPError) as refused:

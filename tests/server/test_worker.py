@@ -400,3 +400,77 @@ def test_results_are_empty_where_nothing_was_measured() -> None:
         "step,train_loss,train_mean_token_accuracy,valid_loss,validation_mean_token_accuracy,full_valid_loss,"
         "full_valid_mean_token_accuracy"
     )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("database", ["sqlite"], indirect=True)
+def test_a_million_rows_are_checked_in_bounded_memory(served: Running, base: str, tmp_path: Path) -> None:
+    """Where all is well, and where the last line is not, which is named; the memory is hardly that of twelve rows'."""
+    bad = b'{"messages": [{"role": "user", "content": "x"}\n'
+    for name, rows, end in (("few", 12, b""), ("many", 1_000_000, b""), ("bad", 999_999, bad)):
+        path = tmp_path / f"{name}.jsonl"
+        with path.open("wb") as file:
+            file.writelines(
+                b'{"messages": [{"role": "user", "content": "say %d"}, {"role": "assistant", "content": "%d"}]}\n'
+                % (number, number % 7)
+                for number in range(rows)
+            )
+            file.write(end)
+        began = time.monotonic()
+        with Peak() as sending, path.open("rb") as file:
+            made = served.client().files.create(file=file, purpose="fine-tune").id
+        uploaded_s = time.monotonic() - began
+        job = served.client().fine_tuning.jobs.create(model=base, training_file=made)
+        worker = Worker(served.server, CHECKING, threading.Event())
+        found = claim(served.server, worker.name, CHECKING)
+        assert found is not None
+        began = time.monotonic()
+        with Peak() as checking:
+            worker.work(found)
+        checked_s = time.monotonic() - began
+        done = served.client().fine_tuning.jobs.retrieve(job.id)
+        print(
+            f"{name}: {path.stat().st_size >> 20} MB, upload {uploaded_s:.1f} s (+{sending.grown >> 20} MB), "
+            f"check {checked_s:.1f} s (+{checking.grown >> 20} MB)"
+        )
+        assert sending.grown < 64 << 20
+        assert checking.grown < 160 << 20
+        if name == "bad":
+            assert (done.status, done.error.code) == ("failed", "invalid_training_file")
+            assert f"{made} line 1000000" in done.error.message, done.error
+        else:
+            assert done.status == "queued", done.error
+            served.client().fine_tuning.jobs.cancel(job.id)
+
+
+class Peak:
+    """The most memory of this process, and of whatever it starts, while the block runs."""
+
+    def __init__(self) -> None:
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._look)
+        self.before = self.bytes = self._now()
+
+    @property
+    def grown(self) -> int:
+        return self.bytes - self.before
+
+    def __enter__(self) -> Peak:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_raised: object) -> None:
+        self._stop.set()
+        self._thread.join()
+
+    def _look(self) -> None:
+        while not self._stop.wait(0.02):
+            self.bytes = max(self.bytes, self._now())
+
+    def _now(self) -> int:
+        me = psutil.Process()
+        total = 0
+        for one in [me, *me.children(recursive=True)]:
+            with contextlib.suppress(psutil.Error):  # it has ended meanwhile
+                total += one.memory_info().rss
+        return total

@@ -139,7 +139,7 @@ async def api_error(_request: Request, error: Exception) -> Response:
 async def http_error(request: Request, error: Exception) -> Response:
     """What the router says: no such route, or not with this method."""
     assert isinstance(error, HTTPException)
-    where = f"{request.method} {request.url.path}"
+    where = f"{request.method} {request.scope['path']}"
     if error.status_code == 405:
         said = ApiError(405, f"Not allowed: {where}.", code="method_not_supported", headers=error.headers)
     elif error.status_code == 404:

@@ -164,7 +164,7 @@ def _most_bytes(path: str) -> int:
 
 async def _api_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, ApiError)
-    body = arm.body(error) if web.surface(request.url.path) == "management" else error.body
+    body = arm.body(error) if web.surface(request.scope["path"]) == "management" else error.body
     return JSONResponse(body, error.status, error.headers)
 
 
@@ -186,7 +186,9 @@ async def _invalid(request: Request, error: Exception) -> Response:
     assert isinstance(error, RequestValidationError)
     problem = dict(error.errors()[0])
     place, *rest = problem["loc"]
-    problem["loc"] = tuple(rest) if problem["type"] != "json_invalid" else ()
+    problem["loc"] = tuple(rest)
+    if problem["type"] == "json_invalid":
+        problem |= {"loc": (), "msg": problem["ctx"]["error"]}
     if place == "body" and not rest and problem["type"] == "missing":
         problem["loc"] = ()
     return await _api_error(request, explained(cast(ErrorDetails, problem)))
@@ -195,7 +197,7 @@ async def _invalid(request: Request, error: Exception) -> Response:
 async def _http_error(request: Request, error: Exception) -> Response:
     """What the router says: no such route, or not with this method."""
     assert isinstance(error, HTTPException)
-    where = f"{request.method} {request.url.path}"
+    where = f"{request.method} {request.scope['path']}"
     if error.status_code == 405:
         said = ApiError(405, f"Not allowed: {where}.", code="method_not_supported", headers=error.headers)
     elif error.status_code == 404:
