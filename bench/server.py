@@ -34,7 +34,7 @@ SECONDS = 8.0
 REPEATS = 5
 JOBS = 100_000
 UPLOAD = 512 << 20
-LITELLM, LITELLM_KEY = "litellm[proxy]==1.96.2", "sk-bench"
+LITELLM, LITELLM_KEY = ("litellm[proxy]==1.96.2", "fastapi==0.136.3"), "sk-bench"
 
 BODY = json.dumps(
     {
@@ -147,7 +147,7 @@ def _start_litellm(folder: Path, started: contextlib.ExitStack, core: list[int])
     file.write_text(json.dumps(config))
     with contextlib.closing(socket.create_server(("127.0.0.1", 0))) as free:
         port: int = free.getsockname()[1]
-    program = _environment("litellm", LITELLM) / "bin" / "litellm"
+    program = _environment("litellm", *LITELLM) / "bin" / "litellm"
     words = [str(program), "--config", str(file), "--host", "127.0.0.1", "--port", str(port), "--num_workers", "1"]
     environment = {**os.environ, "LITELLM_LOCAL_MODEL_COST_MAP": "True", "LITELLM_LOG": "ERROR"}
     proxy = _begin(words, started, env=environment, log=folder / "litellm.log")
