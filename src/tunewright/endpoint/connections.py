@@ -46,7 +46,7 @@ class Connection(HttpToolsProtocol):
         super().connection_made(transport)
         most, self.limit_concurrency = self.limit_concurrency, None
         if most is not None and len(self.connections) > most:
-            self.app = _busy  # type: ignore[assignment]
+            self.app = _busy
         self._head_timer = self.loop.call_later(self.head_s, self._head_is_late)
 
     def connection_lost(self, exc: Exception | None) -> None:

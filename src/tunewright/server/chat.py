@@ -66,7 +66,8 @@ class EmbeddingRequest(Part):
     input: Any
 
 
-CHAT_BODY, TEXT_BODY, EMBEDDING_BODY = map(documents.reads, (ChatRequest, TextRequest, EmbeddingRequest))
+CHAT_BODY, TEXT_BODY = documents.reads(ChatRequest), documents.reads(TextRequest)
+EMBEDDING_BODY = documents.reads(EmbeddingRequest)
 
 
 @router.post(CHAT.path, openapi_extra=CHAT_BODY, responses=documents.shows(documents.ChatCompletion, streamed=True))

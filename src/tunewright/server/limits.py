@@ -39,13 +39,13 @@ class BodyLimit:
             await self.app(scope, receive, send)
             return
         most = self.limit(scope["path"])
-        error = _refused(scope, most)
-        if error is not None:
+        if (refused := _refused(scope, most)) is not None:
             if not any(name == b"expect" for name, _ in scope["headers"]):  # else none of the body has been sent
                 with contextlib.suppress(TimeoutError):
                     await asyncio.wait_for(_discard(receive), DISCARD_S)
-            await _closing(error, scope)(scope, receive, send)
+            await _closing(refused, scope)(scope, receive, send)
             return
+        error: ApiError | None = None
         taken, waited_s, whole, begun = 0, 0.0, False, False
 
         async def counted() -> Message:
