@@ -66,8 +66,7 @@ class EmbeddingRequest(Part):
     input: Any
 
 
-CHAT_BODY = documents.reads(ChatRequest)
-TEXT_BODY = documents.reads(TextRequest)
+CHAT_BODY, TEXT_BODY = documents.reads(ChatRequest), documents.reads(TextRequest)
 EMBEDDING_BODY = documents.reads(EmbeddingRequest)
 
 

@@ -39,8 +39,7 @@ class BodyLimit:
             await self.app(scope, receive, send)
             return
         most = self.limit(scope["path"])
-        refused = _refused(scope, most)
-        if refused is not None:
+        if (refused := _refused(scope, most)) is not None:
             if not any(name == b"expect" for name, _ in scope["headers"]):  # else none of the body has been sent
                 with contextlib.suppress(TimeoutError):
                     await asyncio.wait_for(_discard(receive), DISCARD_S)
