@@ -82,12 +82,11 @@ def main() -> None:
 
 def serve(folder: Path) -> None:
     """The server's process: its port and a key as one line of JSON, then requests until SIGTERM."""
-    import uvicorn
     from fastapi.responses import JSONResponse
     from sqlalchemy import insert
 
     from tunewright import starter
-    from tunewright.endpoint.process import listen
+    from tunewright.endpoint.process import listen, until_sigterm
     from tunewright.server import keys, models, tables
     from tunewright.server.app import create_app
     from tunewright.server.state import Server, Settings
@@ -115,9 +114,7 @@ def serve(folder: Path) -> None:
     gc.freeze()  # as `tunewright serve` does
     listener = listen("127.0.0.1", 0)
     print(json.dumps({"port": listener.getsockname()[1], "key": key}), flush=True)
-    uvicorn.Server(uvicorn.Config(app, log_config=None, log_level="warning", access_log=False, ws="none")).run(
-        [listener]
-    )
+    until_sigterm(app, listener, grace_s=1)
 
 
 def _start(folder: Path, started: contextlib.ExitStack) -> tuple[subprocess.Popen[str], int, str]:

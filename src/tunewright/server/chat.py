@@ -44,7 +44,7 @@ SCREENED = 64
 TOKEN = 4
 """Characters of a token, about."""
 
-router = APIRouter(tags=["completions"])
+router = APIRouter(tags=["completions"], route_class=web.Plain)
 
 
 @dataclass(frozen=True)
