@@ -155,6 +155,8 @@ GOOD: dict[tuple[str, str], Any] = {
         "metadata": {"k": "v"},
         "output_expires_after": {"anchor": "created_at", "seconds": 3600},
     },
+    ("POST", "/fine_tuning/alpha/graders/validate"): {"grader": GRADER},
+    ("POST", "/fine_tuning/alpha/graders/run"): {"grader": GRADER, "model_sample": "a", "item": {"b": "c"}},
     ("POST", "/moderations"): {"input": ["a", {"type": "text", "text": "b"}], "model": "m"},
     ("PUT", "{account}"): ACCOUNT,
     ("PATCH", "{account}"): ACCOUNT,

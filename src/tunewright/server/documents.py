@@ -74,6 +74,25 @@ class Files(Page):
     last_id: str | None
 
 
+class GraderShown(Shown):
+    grader: dict[str, Any]
+
+
+class GraderMetadata(Shown):
+    name: str
+    type: str
+    errors: dict[str, Any]
+    execution_time: float
+    scores: dict[str, float]
+
+
+class GraderRun(Shown):
+    reward: float
+    sub_rewards: dict[str, float]
+    metadata: GraderMetadata
+    model_grader_token_usage_per_model: dict[str, Any]
+
+
 class UsageResult(Shown):
     object: Literal["organization.usage.completions.result"]
     input_tokens: int

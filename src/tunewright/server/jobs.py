@@ -62,6 +62,9 @@ def _grader(value: dict[str, Any]) -> dict[str, Any]:
     return value
 
 
+GraderIn = Annotated[dict[str, Any], AfterValidator(_grader)]
+
+
 class Supervised(Part):
     hyperparameters: Hyperparameters | None = None
 
@@ -71,7 +74,7 @@ class Dpo(Part):
 
 
 class Reinforcement(Part):
-    grader: Annotated[dict[str, Any], AfterValidator(_grader)]
+    grader: GraderIn
     hyperparameters: ReinforcementHyperparameters | None = None
     response_format: dict[str, Any] | None = None
 
@@ -135,7 +138,7 @@ def create_job(request: Request, caller: Training, wanted: JobIn) -> dict[str, A
                 )
     models.find_trainable(server, wanted.model)
     if method["type"] == "reinforcement":
-        _refuse_unsafe(method["reinforcement"]["grader"], server.settings)
+        refuse_unsafe(method["reinforcement"]["grader"], server.settings, param="method.reinforcement.grader")
     settings = method.get(method["type"]) or {}
     asked = settings.get("hyperparameters") or {}
     job: dict[str, Any] = {
@@ -392,8 +395,12 @@ def _method(wanted: JobIn) -> dict[str, Any]:
     return {"type": method.type, method.type: said}
 
 
-def _refuse_unsafe(grader: dict[str, Any], settings: Settings) -> None:
-    """Whoever may train may not therefore run code here, or have this machine's environment sent somewhere."""
+def refuse_unsafe(grader: dict[str, Any], settings: Settings, *, param: str) -> None:
+    """Whoever may train may not therefore run code here, or have this machine's environment sent somewhere.
+
+    Raises:
+        ApiError: 400, the grader would.
+    """
     for one in (grader, *(grader.get("graders") or {}).values()):
         said = None
         if one.get("type") == "python" and not settings.python_graders:
@@ -404,8 +411,8 @@ def _refuse_unsafe(grader: dict[str, Any], settings: Settings) -> None:
         if said is not None:
             raise ApiError(
                 400,
-                f"Invalid 'method.reinforcement.grader': {said}.",
-                param="method.reinforcement.grader",
+                f"Invalid '{param}': {said}.",
+                param=param,
                 code="unsupported_grader",
             )
 
