@@ -58,6 +58,10 @@ class RunError(UserError):
     """A run folder that is absent, in use, or written by a newer version."""
 
 
+class RunBusyError(RunError):
+    """A run that another process is working on."""
+
+
 class EndpointError(UserError):
     """An endpoint that cannot go live."""
 

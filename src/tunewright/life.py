@@ -301,9 +301,13 @@ def _hand_over(stage: str, run: Run, backend: Backend, watcher: Watcher) -> None
     try:
         job = backend.submit(stage, run)
         while (status := backend.poll(job, run)).state == "running":
-            if (seen := run.progress(stage)) is not None:
-                watcher.progress(run, stage, seen["done"], seen["total"], seen["note"])
-            watcher.waiting(run, stage)
+            try:
+                if (seen := run.progress(stage)) is not None:
+                    watcher.progress(run, stage, seen["done"], seen["total"], seen["note"])
+                watcher.waiting(run, stage)
+            except Exception:  # whoever looks on cannot go on, so nobody would know of what runs
+                backend.cancel(job, run)
+                raise
             time.sleep(POLL_S)
     except KeyboardInterrupt:
         backend.cancel(job, run)

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, Literal
 
 from tunewright import recipe as recipes
-from tunewright.errors import DiskFullError, RunError, TunewrightError, explained
+from tunewright.errors import DiskFullError, RunBusyError, RunError, TunewrightError, explained
 from tunewright.recipe import Recipe
 
 FORMAT = 1
@@ -527,7 +527,7 @@ def _take(path: Path, run: Path) -> int:
         if not isinstance(error, BlockingIOError):
             raise _explained(error, path, "cannot lock the run") from error
         holder = f"process {number}" if number else "another process"
-        raise RunError(f"{run}: {holder} is working on this run; wait for it or stop it first") from None
+        raise RunBusyError(f"{run}: {holder} is working on this run; wait for it or stop it first") from None
     return handle
 
 

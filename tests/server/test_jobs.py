@@ -200,6 +200,21 @@ def test_a_job_that_nobody_works_on_ends_at_once(served: Running, base: str) -> 
             call(made.id)
 
 
+def test_a_pause_that_has_not_come_about_can_be_taken_back(served: Running, base: str) -> None:
+    client = served.client()
+    made = client.fine_tuning.jobs.create(model=base, training_file=upload(served))
+    taken = claim(served.server, "w", ("validating_files",))
+    assert taken is not None
+    with served.server.store.begin() as connection:
+        connection.execute(update(tables.jobs).values(status="running"))
+    with pytest.raises(openai.BadRequestError, match="running"):
+        client.fine_tuning.jobs.resume(made.id)
+    client.fine_tuning.jobs.pause(made.id)
+    assert client.fine_tuning.jobs.resume(made.id).status == "running"
+    with served.server.store.read() as connection:
+        assert connection.execute(select(tables.jobs.c.wanted)).scalar() == "run"
+
+
 def put(server: Server, key: str, **values: Any) -> str:
     """A job's row, as `create_job` writes one."""
     row: dict[str, Any] = {

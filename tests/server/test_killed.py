@@ -20,6 +20,7 @@ import pytest
 from sqlalchemy import select
 from test_worker import lines, messages, talk, wait, wait_for_step
 
+from tunewright.run import Run
 from tunewright.server import keys, models, tables
 from tunewright.server.state import Server, Settings
 
@@ -139,14 +140,46 @@ def test_two_servers_and_three_workers_on_one_database(operator: Operator) -> No
             said = Counter(messages(other, job))
             assert max(said.values()) == 1, said
             assert sum(message.startswith("New fine-tuned model created") for message in said) == 1
+            (run,) = (operator.data / "runs").glob(f"{job}-*")
+            trained = [one["event"] for one in Run.open(run).events() if one["stage"] == "train"]
+            assert trained.count("done") == 1
+            assert trained.count("started") == 1 or job == made[0], trained
+        assert len(list(served[0].files.list(purpose="fine-tune-results"))) == len(made)
         assert {one.id for one in served[0].fine_tuning.jobs.list()} == set(made)
         tuned = {one.id for one in served[1].models.list() if one.id.startswith("ft:")}
         assert len(tuned) == len(made)
 
 
-def _worker_of(operator: Operator, job: str) -> int:
+@pytest.mark.parametrize("database", ["sqlite"], indirect=True)
+def test_a_worker_that_is_silent_and_alive_is_waited_for(operator: Operator) -> None:
+    """Its process is stopped, not dead: it holds the run, and lets go when it wakes and hears that it lost the job."""
+    with contextlib.ExitStack() as running:
+        client = running.enter_context(operator.serve("--workers", "0"))[1]
+        first = running.enter_context(operator.command("worker", "--handover", "2"))
+        job = begin(client, epochs=6)
+        wait_for_step(client, job)
+        first.send_signal(signal.SIGSTOP)
+        try:
+            second = running.enter_context(operator.command("worker", "--handover", "2"))
+            until = time.monotonic() + 60
+            while _worker_of(operator, job) == first.pid:
+                assert time.monotonic() < until
+                time.sleep(0.1)
+            time.sleep(3)
+            assert client.fine_tuning.jobs.retrieve(job).status in ("queued", "running")
+            assert second.poll() is None
+        finally:
+            first.send_signal(signal.SIGCONT)
+        done = wait(client, job)
+        assert done.status == "succeeded", done.error
+        (run,) = (operator.data / "runs").glob(f"{job}-*")
+        assert [one["event"] for one in Run.open(run).events() if one["stage"] == "train"].count("done") == 1
+
+
+def _worker_of(operator: Operator, job: str) -> int | None:
     """The process that has a job, as the database says."""
     query = select(tables.jobs.c.claimed_by).where(tables.jobs.c.id == job)
     settings = Settings(operator.data, operator.database)
     with contextlib.closing(Server.open(settings)) as server, server.store.begin() as connection:
-        return int(connection.execute(query).scalar_one().split(":")[1])
+        found = connection.execute(query).scalar_one()
+    return None if found is None else int(found.split(":")[1])

@@ -10,9 +10,11 @@ import pytest
 from alembic.autogenerate import compare_metadata
 from alembic.migration import MigrationContext
 from sqlalchemy import insert, select, text
+from sqlalchemy.exc import IntegrityError
 
 from tunewright.errors import EndpointError
-from tunewright.server import tables
+from tunewright.server import models, tables
+from tunewright.server.models import Target
 from tunewright.server.state import Server, Settings
 from tunewright.server.store import Store, new_id
 
@@ -44,6 +46,29 @@ def test_several_servers_start_at_once(open_server: Callable[[], Server], tmp_pa
         assert isinstance(one, Store)
         assert one.answers()
         one.close()
+
+
+def test_an_error_of_a_statement_does_not_tell_what_was_written(open_server: Callable[[], Server]) -> None:
+    store = open_server().store
+    row = {"id": "key_1", "name": "SECRET", "sha256": "x", "scope": "admin", "created_at": 1}
+    with store.begin() as connection:
+        connection.execute(insert(tables.keys).values(row))
+    with pytest.raises(IntegrityError) as refused, store.begin() as connection:
+        connection.execute(insert(tables.keys).values(row))
+    assert "SECRET" not in str(refused.value)
+
+
+def test_the_longest_names_fit(open_server: Callable[[], Server]) -> None:
+    server = open_server()
+    base = "b" * 128
+    name = models.tuned_name(base, "s" * 64, "ftjob-12345678", surface="openai", step=10**9)
+    start = Target(base, base, "folder", None, None, "base", 1)
+    account = {"name": "a" * 64, "subscription": "s" * 90, "resource_group": "g" * 90, "location": "local"}
+    with server.store.begin() as connection:
+        models.record(connection, name, job_id="ftjob-1", start=start, folder="x", kind="adapter")
+        connection.execute(insert(tables.accounts).values(**account, body={}, created_at=1))
+    with server.store.read() as connection:
+        assert models.known(connection, server.settings.data, name) is not None
 
 
 def test_a_newer_database_is_refused(open_server: Callable[[], Server], tmp_path: Path, database: str | None) -> None:

@@ -21,12 +21,14 @@ import psutil
 import pytest
 from safetensors import safe_open
 from sqlalchemy import select
+from sqlalchemy.exc import OperationalError
 
 from server_running import Running
 from tunewright.errors import RecipeError
 from tunewright.run import Run
-from tunewright.server import models, store, tables
-from tunewright.server.state import Server
+from tunewright.server import jobs, models, process, store, tables
+from tunewright.server import worker as workers
+from tunewright.server.state import Server, Settings
 from tunewright.server.worker import CHECKING, TRAINING, Worker, claim, recipe_of, results_csv
 
 FINAL = ("succeeded", "failed", "cancelled")
@@ -373,6 +375,66 @@ def test_pairs_and_prompts_with_a_grader_end_in_a_model(served: Running, model_f
     assert client.fine_tuning.jobs.checkpoints.list(job.id).data
     said = client.chat.completions.create(model=done.fine_tuned_model, messages=ASK, max_tokens=4)  # type: ignore[arg-type]
     assert said.model == done.fine_tuned_model
+
+
+@pytest.mark.parametrize("database", ["sqlite"], indirect=True)
+def test_a_job_whose_run_another_process_holds_is_left_to_it(
+    served: Running, base: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(workers, "BUSY_S", 0.0)
+    client = served.client()
+    job = client.fine_tuning.jobs.create(model=base, training_file=upload(served, [talk(n) for n in range(12)]))
+    for statuses in (CHECKING, TRAINING):
+        worker = Worker(served.server, statuses, threading.Event())
+        found = claim(served.server, worker.name, statuses)
+        assert found is not None
+        if statuses == CHECKING:
+            worker.work(found)
+            continue
+        with Run.open(served.server.settings.runs / run_of(served.server, job.id)).lock():
+            worker.work(found)
+    assert client.fine_tuning.jobs.retrieve(job.id).status == "queued"
+    assert claim(served.server, "next", TRAINING) is not None
+
+
+@pytest.mark.parametrize("database", ["sqlite"], indirect=True)
+def test_a_database_that_is_away_fails_no_job(served: Running, base: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither where a step is told, nor where the job's end is written."""
+    client = served.client()
+    job = client.fine_tuning.jobs.create(
+        model=base,
+        training_file=upload(served, [talk(n) for n in range(12)]),
+        hyperparameters={"n_epochs": 2, "batch_size": 4},
+    )
+    say, away = jobs.say, {"step 1": 2, "checkpoint 3": 1, "done": 2}
+
+    def stumbling(connection: Any, job_id: str, what: str, message: str, **more: Any) -> None:
+        if away.get(what):
+            away[what] -= 1
+            raise OperationalError("INSERT", {}, Exception("the server closed the connection"))
+        say(connection, job_id, what, message, **more)
+
+    monkeypatch.setattr(jobs, "say", stumbling)
+    with working(served.server):
+        done = wait(client, job.id)
+    assert done.status == "succeeded", done.error
+    assert set(away.values()) == {0}
+    said = messages(client, job.id)
+    assert [sum(message.startswith(f"Step {step}/6:") for message in said) for step in range(1, 7)] == [1] * 6
+    assert said[-2:] == [
+        f"New fine-tuned model created: {done.fine_tuned_model}",
+        "The job has successfully completed",
+    ]
+    assert len(list(client.files.list(purpose="fine-tune-results"))) == 1
+
+
+def test_no_password_is_in_the_list_of_processes() -> None:
+    settings = Settings(Path("data"), "postgresql://user:SECRET@host/name", "s3://key:SECRET@bucket")
+    assert "SECRET" not in " ".join(process._worker_command(settings))
+    assert process._worker_environment(settings) == {
+        "TUNEWRIGHT_DATABASE": settings.database,
+        "TUNEWRIGHT_FILES": settings.files,
+    }
 
 
 @pytest.mark.parametrize("database", ["sqlite"], indirect=True)

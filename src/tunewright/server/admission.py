@@ -16,7 +16,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from sqlalchemy import Connection, select
-from sqlalchemy.exc import OperationalError
 
 from tunewright.endpoint.quota import duration
 from tunewright.endpoint.shapes import ApiError
@@ -165,9 +164,9 @@ async def flush(server: Server) -> None:
     counted = server.usage.taken()
     try:
         await asyncio.to_thread(server.usage.write, counted)
-    except OperationalError as error:
+    except store.AWAY as error:
         server.usage.give_back(counted)
-        logger.warning("usage could not be written, and is kept: %s", error.orig)
+        logger.warning("usage could not be written, and is kept: %s", error)
 
 
 class _Absent(Exception):

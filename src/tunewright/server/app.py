@@ -12,8 +12,6 @@ from fastapi import APIRouter, FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response
 from pydantic_core import ErrorDetails
-from sqlalchemy.exc import OperationalError
-from sqlalchemy.exc import TimeoutError as PoolTimeout
 from starlette.exceptions import HTTPException
 
 from tunewright import __version__
@@ -35,6 +33,7 @@ from tunewright.server import (
     moderations,
     organization,
     responses,
+    store,
     web,
 )
 from tunewright.server.limits import BodyLimit
@@ -81,8 +80,8 @@ def create_app(server: Server) -> FastAPI:
     app.add_exception_handler(ApiError, _api_error)
     app.add_exception_handler(RequestValidationError, _invalid)
     app.add_exception_handler(HTTPException, _http_error)
-    app.add_exception_handler(OperationalError, _database_error)
-    app.add_exception_handler(PoolTimeout, _database_error)
+    for away in store.AWAY:
+        app.add_exception_handler(away, _database_error)
     for prefix in PREFIXES:
         for router in ROUTERS:
             app.include_router(router, prefix=prefix, include_in_schema=prefix == "/v1", responses=documents.ERRORS)

@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal
 from fastapi import APIRouter, Query, Request
 from pydantic import AfterValidator, Field, TypeAdapter, ValidationError
 from pydantic_core import PydanticCustomError
-from sqlalchemy import Connection, delete, exists, insert, select, update
+from sqlalchemy import Connection, case, delete, exists, insert, select, update
 from sqlalchemy.exc import IntegrityError
 
 from tunewright import recipe as recipes
@@ -439,14 +439,16 @@ def _ask(server: Server, job_id: str, wanted: str, *, refused: tuple[str, ...]) 
     """Note what is wanted of a job. Where no worker has it, it happens at once."""
     job = retrieve(server, job_id)
     verb = "resume" if wanted == "run" else wanted
-    if job["status"] in refused:
+    taken_back = wanted == "run" and job["wanted"] == "pause"  # a pause that has not come about yet
+    if job["status"] in refused and not taken_back:
         raise ApiError(
             400, f"Job '{job_id}' is {job['status']}; it cannot {verb}.", param="id", code=f"job_cannot_{verb}"
         )  # fmt: skip
     table = tables.jobs
     values: dict[str, Any] = {"wanted": wanted}
+    checked = exists().where(tables.events.c.job_id == job_id, tables.events.c.what == "validated")
     states: dict[str, dict[str, Any]] = {
-        "run": {"status": "validating_files"},
+        "run": {"status": case((checked, "queued"), else_="validating_files")},
         "pause": {"status": "paused"},
         "cancel": {"status": "cancelled", "finished_at": now()},
     }
@@ -455,9 +457,6 @@ def _ask(server: Server, job_id: str, wanted: str, *, refused: tuple[str, ...]) 
         unclaimed = connection.execute(
             update(table).where(*same, table.c.claimed_by.is_(None)).values(**values, **states[wanted])
         )
-        checked = exists().where(tables.events.c.job_id == job_id, tables.events.c.what == "validated")
-        if wanted == "run":
-            connection.execute(update(table).where(*same, checked).values(status="queued"))
         if unclaimed.rowcount:
             message = {"run": "Job resumed", "pause": "Job paused", "cancel": "Job cancelled"}[wanted]
             say(connection, job_id, f"{wanted} {new_id('', size=6)}", message)

@@ -180,7 +180,7 @@ def find_trainable(server: Server, name: str) -> Target:
         ApiError: 404, there is no such model; 400, it takes no more jobs.
     """
     found = find(server, name)
-    with server.store.begin() as connection:
+    with server.store.read() as connection:
         base = store.row(connection, tables.bases, name=found.base)
     until = [] if base is None else [base[key] for key in ("fine_tune_until", "retires_at") if base[key] is not None]
     if until and min(until) <= now():

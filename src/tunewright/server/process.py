@@ -92,7 +92,12 @@ def _workers(settings: Settings, count: int) -> Iterator[None]:
 
 def _keep_one(settings: Settings, ended: threading.Event) -> None:
     while not ended.is_set():
-        child = subprocess.Popen(_worker_command(settings), stdin=subprocess.PIPE, start_new_session=True)
+        child = subprocess.Popen(
+            _worker_command(settings),
+            stdin=subprocess.PIPE,
+            start_new_session=True,
+            env={**os.environ, **_worker_environment(settings)},
+        )
         assert child.stdin is not None
         while child.poll() is None and not ended.wait(0.2):
             pass
@@ -112,14 +117,16 @@ def _keep_one(settings: Settings, ended: threading.Event) -> None:
 
 def _worker_command(settings: Settings) -> Sequence[str]:
     options = ["--data", str(settings.data), "--with-parent"]
-    if settings.database is not None:
-        options += ["--database", settings.database]
-    if settings.files is not None:
-        options += ["--files", settings.files]
     options += ["--log-format", settings.log_format]
     for override in settings.overrides:
         options += ["--set", override]
     return [sys.executable, "-m", "tunewright.cli", "worker", *options]
+
+
+def _worker_environment(settings: Settings) -> dict[str, str]:
+    """What may hold a password, and must not be seen in the list of processes."""
+    said = {"TUNEWRIGHT_DATABASE": settings.database, "TUNEWRIGHT_FILES": settings.files}
+    return {name: value for name, value in said.items() if value is not None}
 
 
 def _until_input_ends(stop: threading.Event) -> None:

@@ -15,12 +15,17 @@ from typing import Any
 import sqlalchemy
 from sqlalchemy import Connection, Engine, Select, Table, event, func, select
 from sqlalchemy.engine import make_url
-from sqlalchemy.exc import ArgumentError, OperationalError
+from sqlalchemy.exc import ArgumentError, InterfaceError, OperationalError
+from sqlalchemy.exc import TimeoutError as PoolTimeout
 
 from tunewright.errors import EndpointError
 
 BUSY_S = 30
 """How long a writer waits for another one (SQLite has one at a time)."""
+
+
+AWAY = (OperationalError, InterfaceError, PoolTimeout)
+"""What is raised where the database does not answer, or has more to do than it can: later perhaps not."""
 
 
 class Store:
@@ -59,9 +64,9 @@ class Store:
     def answers(self) -> bool:
         """Whether the database can be asked right now."""
         try:
-            with self.begin() as connection:
+            with self.read() as connection:
                 connection.execute(select(1))
-        except OperationalError:
+        except AWAY:
             return False
         return True
 
@@ -141,8 +146,10 @@ def _engine(url: str) -> Engine:
         if parsed.get_backend_name() not in ("sqlite", "postgresql"):
             raise EndpointError(f"--database: {parsed.get_backend_name()} is not supported; use sqlite or postgresql")
         if parsed.get_backend_name() == "postgresql":
-            return sqlalchemy.create_engine(parsed, pool_pre_ping=True, pool_size=10, max_overflow=20)
-        engine = sqlalchemy.create_engine(parsed, connect_args={"timeout": BUSY_S})
+            return sqlalchemy.create_engine(
+                parsed, pool_pre_ping=True, pool_size=10, max_overflow=20, hide_parameters=True
+            )
+        engine = sqlalchemy.create_engine(parsed, connect_args={"timeout": BUSY_S}, hide_parameters=True)
     except ArgumentError:
         raise EndpointError("--database: not a URL such as sqlite:///file.db or postgresql://user@host/name") from None
     except ModuleNotFoundError as error:

@@ -198,7 +198,7 @@ models = Table(
     "models",
     metadata,
     _number(),
-    _id(),
+    Column("id", String(256), nullable=False, unique=True),
     _created(),
     Column("job_id", String(128), nullable=False, index=True),
     Column("base", String(256), nullable=False),
@@ -216,7 +216,7 @@ accounts = Table(
     Column(
         "name", String(64), nullable=False, unique=True
     ),  # in lower case, as all of Azure's names: body has it as given
-    Column("subscription", String(64), nullable=False),
+    Column("subscription", String(128), nullable=False),
     Column("resource_group", String(128), nullable=False),
     Column("location", String(64), nullable=False),
     Column("body", JSON, nullable=False),

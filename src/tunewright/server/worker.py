@@ -24,8 +24,9 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from sqlalchemy import and_, func, or_, select, update
 
@@ -33,7 +34,7 @@ from tunewright import life
 from tunewright import recipe as recipes
 from tunewright import run as run_folders
 from tunewright.endpoint.shapes import ApiError
-from tunewright.errors import DataError, ModelError, RecipeError, TunewrightError
+from tunewright.errors import DataError, ModelError, RecipeError, RunBusyError, TunewrightError
 from tunewright.life import Watcher
 from tunewright.recipe import Grpo, Recipe
 from tunewright.run import Run
@@ -44,6 +45,8 @@ from tunewright.server.store import new_id, now
 logger = logging.getLogger("tunewright.server")
 
 POLL_S = 0.5
+BUSY_S = 2.0
+"""How long a worker leaves a job alone whose worker before still holds its run."""
 MIN_EXAMPLES = 10
 """OpenAI's; fewer are an error of the job."""
 KEPT_CHECKPOINTS = 3
@@ -90,11 +93,27 @@ class Worker:
                 (check if self.statuses == CHECKING else train)(self.server, claimed)
             except Stopped:
                 _settle_stopped(self.server, claimed)
+            except RunBusyError as error:  # the worker before is silent and alive; it lets go when it wakes
+                logger.warning("%s is given back: %s", job["id"], error)
+                _give_back(claimed)
+                self.stop.wait(BUSY_S)
+            except store.AWAY:
+                logger.exception("%s is given back, since the database does not answer", job["id"])
+                _give_back(claimed)
             except TunewrightError as error:
                 _fail(self.server, claimed, error)
             except Exception as error:
                 logger.exception("job %s", job["id"])
                 _fail(self.server, claimed, error)
+
+
+@dataclass(frozen=True)
+class Said:
+    """An event; there is one of each `what`."""
+
+    what: str
+    message: str
+    level: Literal["info", "warn", "error"] = "info"
 
 
 class Claim:
@@ -129,14 +148,17 @@ class Claim:
         if self.reason is not None:
             raise Stopped(self.reason)
 
-    def set(self, **values: Any) -> None:
-        """Write to the job's row, while it is ours.
+    def set(self, *said: Said, **values: Any) -> None:
+        """Write to the job's row, while it is ours, and what is said of it: both or neither.
 
         Raises:
             Stopped: it is no longer.
         """
         with self.server.store.begin() as connection:
             written = connection.execute(self._mine().values(**values))
+            if written.rowcount:
+                for one in said:
+                    jobs.say(connection, self.id, one.what, one.message, level=one.level)
         if not written.rowcount:
             self.ours = False
             raise Stopped("lost")
@@ -221,8 +243,8 @@ def check(server: Server, claimed: Claim) -> None:
     method = dict(job["method"])
     own = dict(method[method["type"]])
     method[method["type"]] = own | {"hyperparameters": own.get("hyperparameters", {}) | settled}
-    claimed.say("validated", "Files validated, moving job to queued state")
-    claimed.set(status="queued", hyperparameters=settled, method=method, claimed_by=None, heartbeat_at=None)
+    said = Said("validated", "Files validated, moving job to queued state")
+    claimed.set(said, status="queued", hyperparameters=settled, method=method, claimed_by=None, heartbeat_at=None)
 
 
 def train(server: Server, claimed: Claim) -> None:
@@ -232,8 +254,7 @@ def train(server: Server, claimed: Claim) -> None:
         TunewrightError: a stage failed.
     """
     run = _run_of(server, claimed)
-    claimed.set(status="running")
-    claimed.say("started", "Fine-tuning job started")
+    claimed.set(Said("started", "Fine-tuning job started"), status="running")
     watching = Watching(claimed)
     life.advance(run, until="package", watcher=watching)
     watching.catch_up(run)
@@ -249,7 +270,10 @@ class Watching(Watcher):
 
     def waiting(self, run: Run, stage: str) -> None:
         if stage == "train":
-            self.catch_up(run)
+            try:
+                self.catch_up(run)
+            except store.AWAY as error:  # training does not need it, and what was not said is said the next time
+                logger.warning("%s: the database does not answer: %s", self.claimed.id, error)
         self.claimed.look()
 
     def started(self, run: Run, stage: str) -> None:
@@ -283,7 +307,7 @@ def keep_checkpoints(server: Server, claimed: Claim, run: Run) -> None:
         for one in run.checkpoints.glob("checkpoint-*/complete.json")
     }
     for step, folder in sorted(found.items()):
-        with server.store.begin() as connection:
+        with server.store.read() as connection:
             if store.row(connection, tables.checkpoints, job_id=job["id"], step=step) is not None:
                 continue
         kept = Path("models") / job["id"] / f"step-{step}"
@@ -446,8 +470,9 @@ def _finish(server: Server, claimed: Claim, run: Run) -> None:
             models.record(
                 connection, name, job_id=job["id"], start=start, folder=str(kept), kind="full" if full else "adapter"
             )
-        claimed.say("model", f"New fine-tuned model created: {name}")
         claimed.set(
+            Said("model", f"New fine-tuned model created: {name}"),
+            Said("done", "The job has successfully completed"),
             status="succeeded",
             fine_tuned_model=name,
             finished_at=now(),
@@ -458,7 +483,6 @@ def _finish(server: Server, claimed: Claim, run: Run) -> None:
     except BaseException:
         files.remove(server, result["id"])  # the worker that has the job now makes its own
         raise
-    claimed.say("done", "The job has successfully completed")
 
 
 def _settle_stopped(server: Server, claimed: Claim) -> None:
@@ -470,14 +494,18 @@ def _settle_stopped(server: Server, claimed: Claim) -> None:
             Watching(claimed).catch_up(run)  # the checkpoint of the last step too, which stopping wrote
         match reason:
             case "cancel":
-                claimed.set(status="cancelled", finished_at=now(), claimed_by=None)
-                claimed.say("cancelled", "Job cancelled")
+                claimed.set(Said("cancelled", "Job cancelled"), status="cancelled", finished_at=now(), claimed_by=None)
             case "pause":
-                claimed.set(status="paused", claimed_by=None)
-                claimed.say(f"paused {new_id('', size=6)}", "Job paused")
+                claimed.set(Said(f"paused {new_id('', size=6)}", "Job paused"), status="paused", claimed_by=None)
             case "stop":
-                back = "queued" if claimed.job["status"] == "running" else claimed.job["status"]
-                claimed.set(status=back, claimed_by=None)
+                _give_back(claimed)
+
+
+def _give_back(claimed: Claim) -> None:
+    """Let another worker have the job. Where the database is away, its claim grows old instead."""
+    back = "queued" if claimed.job["status"] == "running" else claimed.job["status"]
+    with contextlib.suppress(Stopped, *store.AWAY):
+        claimed.set(status=back, claimed_by=None)
 
 
 def _fail(server: Server, claimed: Claim, error: Exception) -> None:
@@ -485,12 +513,12 @@ def _fail(server: Server, claimed: Claim, error: Exception) -> None:
     code, param, message = _explained(claimed.job, error)
     with contextlib.suppress(Stopped):
         claimed.set(
+            Said("failed", f"The job failed: {message}", level="error"),
             status="failed",
             finished_at=now(),
             claimed_by=None,
             error={"code": code, "message": message, "param": param},
         )
-        claimed.say("failed", f"The job failed: {message}", level="error")
 
 
 def _explained(job: dict[str, Any], error: Exception) -> tuple[str, str | None, str]:
