@@ -3,6 +3,8 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.made
+# Processes that run tests. Most tests wait for processes of their own, so more than there are cores wins little.
+AT_ONCE ?= 2
 
 .PHONY: setup demo test test-slow bench check fix clean
 
@@ -16,7 +18,7 @@ demo: $(STAMP)
 	$(BIN)/tunewright demo
 
 test: $(STAMP)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n $(AT_ONCE) --dist worksteal
 
 test-slow: $(STAMP)
 	$(BIN)/python -m pytest -m slow --timeout=3600

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from alembic import command
 from alembic.autogenerate import compare_metadata
+from alembic.config import Config
 from alembic.migration import MigrationContext
 from sqlalchemy import insert, select, text
 from sqlalchemy.exc import IntegrityError
 
 from tunewright.errors import EndpointError
 from tunewright.server import models, tables
+from tunewright.server import store as store_module
 from tunewright.server.models import Target
 from tunewright.server.state import Server, Settings
 from tunewright.server.store import Store, new_id
@@ -25,6 +29,25 @@ BOTH_EACH_TIME = True
 def test_migrations_make_the_tables_that_the_code_has(open_server: Callable[[], Server]) -> None:
     with open_server().store.begin() as connection:
         assert compare_metadata(MigrationContext.configure(connection), tables.metadata) == []
+
+
+def test_an_older_database_is_brought_up_to_date_with_what_is_in_it(tmp_path: Path, database: str | None) -> None:
+    url = Settings(tmp_path / "data", database).prepared().database_url
+    engine = store_module._engine(url)
+    old = {"id": "ft:a", "created_at": 1, "job_id": "j", "base": "a", "source": "a", "folder": "f", "kind": "full"}
+    with engine.begin() as connection:
+        config = Config()
+        config.set_main_option("script_location", str(Path(store_module.__file__).with_name("migrations")))
+        config.attributes["connection"] = connection
+        command.upgrade(config, "0001")
+        connection.execute(insert(tables.models).values(**old, checkpoint=False))
+    engine.dispose()
+    with contextlib.closing(Store(url)) as store:
+        with store.read() as connection:
+            assert connection.execute(select(tables.models.c.id)).scalar() == "ft:a"
+            assert compare_metadata(MigrationContext.configure(connection), tables.metadata) == []
+        with pytest.raises(IntegrityError), store.begin() as connection:  # it still names one model alone
+            connection.execute(insert(tables.models).values(**old, checkpoint=False))
 
 
 def test_several_servers_start_at_once(open_server: Callable[[], Server], tmp_path: Path, database: str | None) -> None:
