@@ -10,6 +10,7 @@ import json
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Iterator
@@ -19,6 +20,8 @@ from typing import Any
 import openai
 import psutil
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from safetensors import safe_open
 from sqlalchemy import select
 from sqlalchemy.exc import OperationalError
@@ -426,6 +429,15 @@ def test_a_database_that_is_away_fails_no_job(served: Running, base: str, monkey
         "The job has successfully completed",
     ]
     assert len(list(client.files.list(purpose="fine-tune-results"))) == 1
+
+
+@given(st.lists(st.sampled_from([b"a", b"bc", b" ", b"\n", b"\r\n"]), max_size=30), st.integers(1, 7))
+def test_lines_are_counted_in_pieces(parts: list[bytes], piece: int) -> None:
+    with tempfile.NamedTemporaryFile() as file, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(workers, "PIECE", piece)
+        file.write(b"".join(parts))
+        file.flush()
+        assert workers._count_lines(Path(file.name)) == sum(bool(line.strip()) for line in b"".join(parts).split(b"\n"))
 
 
 def test_no_password_is_in_the_list_of_processes() -> None:

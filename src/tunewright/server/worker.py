@@ -47,6 +47,8 @@ logger = logging.getLogger("tunewright.server")
 POLL_S = 0.5
 BUSY_S = 2.0
 """How long a worker leaves a job alone whose worker before still holds its run."""
+PIECE = 1 << 20
+"""Bytes of a file that are looked at together."""
 MIN_EXAMPLES = 10
 """OpenAI's; fewer are an error of the job."""
 KEPT_CHECKPOINTS = 3
@@ -683,6 +685,12 @@ def _multiplier(recipe: Recipe, resolved: dict[str, Any]) -> float:
 
 
 def _count_lines(path: Path) -> int:
-    """Lines that say something."""
+    """Lines that say something, however long they are."""
+    counted, says = 0, False
     with path.open("rb") as file:
-        return sum(1 for line in file if line.strip())
+        while piece := file.read(PIECE):
+            going_on, *fresh = piece.split(b"\n")
+            says = says or bool(going_on.strip())
+            for part in fresh:
+                counted, says = counted + says, bool(part.strip())
+    return counted + says
