@@ -41,7 +41,7 @@ class Route:
             return None
         if self.template.startswith("/subscriptions"):
             return "admin"
-        trains = self.bare.startswith(("/files", "/uploads", "/fine_tuning")) or self.method == "DELETE"
+        trains = self.bare.startswith(("/files", "/uploads", "/batches", "/fine_tuning")) or self.method == "DELETE"
         return "training" if trains and not self.bare.startswith("/responses") else "inference"
 
 

@@ -7,9 +7,13 @@ import http.client
 import io
 import json
 import os
+import threading
 import time
 import urllib.request
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 from urllib.parse import unquote, urlsplit
 
 import openai
@@ -267,6 +271,110 @@ def test_an_upload_that_waits_too_long_expires(served: Running) -> None:
     with pytest.raises(openai.BadRequestError, match="expired"):
         client.uploads.cancel(upload.id)
     assert list((served.server.settings.data / "files").iterdir()) == []
+
+
+class Held:
+    """Holds the bytes of blobs back until it is let go on."""
+
+    def __init__(self, served: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.begun, self.go_on = threading.Event(), threading.Event()
+        self._chunks = served.server.blobs.chunks
+        monkeypatch.setattr(served.server.blobs, "chunks", self.chunks)
+
+    def chunks(self, name: str) -> Iterator[bytes]:
+        self.begun.set()
+        assert self.go_on.wait(30)
+        yield from self._chunks(name)
+
+
+def test_an_upload_is_completed_once(served: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+    """While its parts are copied nobody else completes, cancels or lengthens it; asked again it is the same."""
+    monkeypatch.setattr(files, "COMPLETING_S", 3)
+    client = served.client()
+    upload = client.uploads.create(bytes=5, filename="a", mime_type="text/jsonl", purpose="fine-tune")
+    part = client.uploads.parts.create(upload.id, data=b"12345").id
+    held = Held(served, monkeypatch)
+    with ThreadPoolExecutor(1) as pool:
+        first = pool.submit(client.uploads.complete, upload.id, part_ids=[part])
+        assert held.begun.wait(30)
+        time.sleep(4)  # longer than it is believed without a word
+        try:
+            assert files.remove_expired(served.server) == 0
+            with pytest.raises(openai.BadRequestError, match="being completed"):
+                client.uploads.complete(upload.id, part_ids=[part])
+            with pytest.raises(openai.BadRequestError, match="being completed"):
+                client.uploads.cancel(upload.id)
+            with pytest.raises(openai.BadRequestError, match="being completed"):
+                client.uploads.parts.create(upload.id, data=b"6")
+        finally:
+            held.go_on.set()
+        done = first.result(30)
+    again = client.uploads.complete(upload.id, part_ids=[part])
+    assert done.file is not None
+    assert done.expires_at == upload.expires_at
+    assert again == done
+    assert client.files.content(done.file.id).read() == b"12345"
+    assert [path.name for path in (served.server.settings.data / "files").iterdir()] == [done.file.id]
+
+
+@pytest.mark.parametrize("ending", ["cancel", "complete"])
+def test_a_part_that_comes_too_late_leaves_nothing(
+    served: Running, monkeypatch: pytest.MonkeyPatch, ending: str
+) -> None:
+    client = served.client()
+    upload = client.uploads.create(bytes=5, filename="a", mime_type="text/jsonl", purpose="fine-tune")
+    part = client.uploads.parts.create(upload.id, data=b"12345").id
+    chunks = files._chunks
+
+    def late(sent: Any) -> Iterator[bytes]:
+        yield from chunks(sent)
+        if ending == "cancel":
+            client.uploads.cancel(upload.id)
+        else:
+            client.uploads.complete(upload.id, part_ids=[part])
+
+    monkeypatch.setattr(files, "_chunks", late)
+    with pytest.raises(openai.BadRequestError, match="no longer pending"):
+        client.uploads.parts.create(upload.id, data=b"6")
+    assert len(list((served.server.settings.data / "files").iterdir())) == (ending == "complete")
+
+
+def test_an_upload_whose_server_was_killed_is_completed_by_the_next(served: Running) -> None:
+    client = served.client()
+    upload = client.uploads.create(bytes=5, filename="a", mime_type="text/jsonl", purpose="fine-tune")
+    part = client.uploads.parts.create(upload.id, data=b"12345").id
+    folder = served.server.settings.data / "files"
+    for left in ("file-dead", ".file-dead.half"):
+        (folder / left).write_bytes(b"123")
+    with served.server.store.begin() as connection:
+        heard = {"status": "completing", "file_id": "file-dead", "expires_at": int(time.time()) - 1}
+        connection.execute(update(tables.uploads).values(**heard))
+    assert files.remove_expired(served.server) == 0
+    done = client.uploads.complete(upload.id, part_ids=[part])
+    assert done.file is not None
+    assert [path.name for path in folder.iterdir()] == [done.file.id]
+
+
+def test_an_upload_that_was_taken_from_a_slow_server_is_not_made_twice(
+    served: Running, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    client = served.client()
+    upload = client.uploads.create(bytes=5, filename="a", mime_type="text/jsonl", purpose="fine-tune")
+    part = client.uploads.parts.create(upload.id, data=b"12345").id
+    held = Held(served, monkeypatch)
+    with ThreadPoolExecutor(1) as pool:
+        slow = pool.submit(client.uploads.complete, upload.id, part_ids=[part])
+        assert held.begun.wait(30)
+        with served.server.store.begin() as connection:
+            connection.execute(update(tables.uploads).values(expires_at=int(time.time()) - 1))
+        assert files.remove_expired(served.server) == 0  # it waits again
+        held.go_on.set()
+        with pytest.raises(openai.BadRequestError, match="no longer being completed"):
+            slow.result(30)
+    assert client.files.list().data == []
+    done = client.uploads.complete(upload.id, part_ids=[part])
+    assert done.file is not None
+    assert [path.name for path in (served.server.settings.data / "files").iterdir()] == [done.file.id]
 
 
 def test_a_large_file_takes_no_more_memory(served: Running) -> None:

@@ -24,7 +24,9 @@ from typing import Any, Literal
 
 from fastapi import APIRouter, Request
 from pydantic import Field
-from sqlalchemy import insert, or_, select, update
+from sqlalchemy import Connection, insert, or_, select, update
+from sqlalchemy.exc import InterfaceError, OperationalError
+from sqlalchemy.exc import TimeoutError as PoolTimeout
 
 from tunewright.endpoint.shapes import ApiError, Part
 from tunewright.server import documents, files, store, tables, web
@@ -33,7 +35,7 @@ from tunewright.server.jobs import Metadata
 from tunewright.server.keys import Key
 from tunewright.server.state import Server
 from tunewright.server.store import new_id, now
-from tunewright.server.web import After, Caller, Inference, Limit20
+from tunewright.server.web import After, Caller, Limit20, Training
 
 logger = logging.getLogger("tunewright.server")
 
@@ -44,8 +46,14 @@ DAY_S = 86400
 """How long a batch may take: the one window that there is."""
 LINES = 50_000
 """Requests in a batch at most, as OpenAI has it."""
+INPUT_BYTES = 200 << 20
+"""Largest file of a batch, as OpenAI has it."""
+LINE_BYTES = web.JSON_BYTES
+"""Longest line: what a request's body may have, too."""
 RETRIES = 3
 """How often a request is tried whose engine ended."""
+PASSING = (OperationalError, InterfaceError, PoolTimeout)
+"""What a database says that is away, or busy, for a while."""
 WORKED_ON = ("validating", "in_progress", "finalizing", "cancelling")
 
 router = APIRouter(tags=["batches"], route_class=web.Route)
@@ -69,7 +77,7 @@ class BatchIn(Part):
 
 
 @router.post("/batches", responses=documents.shows(documents.Batch))
-def create_batch(request: Request, caller: Inference, wanted: BatchIn) -> dict[str, Any]:
+def create_batch(request: Request, caller: Training, wanted: BatchIn) -> dict[str, Any]:
     server = web.server(request)
     found = files.find(server, wanted.input_file_id, param="input_file_id")
     if found["purpose"] != "batch":
@@ -79,6 +87,14 @@ def create_batch(request: Request, caller: Inference, wanted: BatchIn) -> dict[s
             "batch needs 'batch'.",
             param="input_file_id",
             code="invalid_file_purpose",
+        )
+    if found["bytes"] > INPUT_BYTES:
+        raise ApiError(
+            400,
+            f"Invalid 'input_file_id': '{wanted.input_file_id}' has {found['bytes']:,} bytes; a batch's file has at "
+            f"most {INPUT_BYTES:,} ({INPUT_BYTES >> 20} MB).",
+            param="input_file_id",
+            code="file_too_large",
         )
     row: dict[str, Any] = {
         "id": new_id("batch_"),
@@ -93,27 +109,29 @@ def create_batch(request: Request, caller: Inference, wanted: BatchIn) -> dict[s
     }
     with server.store.begin() as connection:
         connection.execute(insert(tables.batches).values(**row))
-    return shape(_find(server, row["id"]))
+    return shape(_asked_for(server, caller, row["id"]))
 
 
 @router.get("/batches", responses=documents.shows(documents.Batches))
-def list_batches(request: Request, _caller: Inference, after: After = None, limit: Limit20 = 20) -> dict[str, Any]:
+def list_batches(request: Request, caller: Training, after: After = None, limit: Limit20 = 20) -> dict[str, Any]:
     with web.server(request).store.read() as connection:
         query = select(tables.batches)
+        if not caller.key.opens("admin"):
+            query = query.where(tables.batches.c.key_id == caller.key.id)
         return web.listed(connection, query, tables.batches, shape, after=after, limit=limit, what="batch")
 
 
 @router.get("/batches/{batch_id}", responses=documents.shows(documents.Batch))
-def retrieve_batch(request: Request, _caller: Inference, batch_id: str) -> dict[str, Any]:
-    return shape(_find(web.server(request), batch_id))
+def retrieve_batch(request: Request, caller: Training, batch_id: str) -> dict[str, Any]:
+    return shape(_asked_for(web.server(request), caller, batch_id))
 
 
 @router.post("/batches/{batch_id}/cancel", responses=documents.shows(documents.Batch))
-def cancel_batch(request: Request, _caller: Inference, batch_id: str) -> dict[str, Any]:
+def cancel_batch(request: Request, caller: Training, batch_id: str) -> dict[str, Any]:
     """What has been answered by now is in the output file."""
     server = web.server(request)
     table = tables.batches
-    _find(server, batch_id)
+    _asked_for(server, caller, batch_id)
     with server.store.begin() as connection:
         found = store.row(connection, table, id=batch_id)
         assert found is not None, "batches are never deleted"
@@ -124,7 +142,7 @@ def cancel_batch(request: Request, _caller: Inference, batch_id: str) -> dict[st
         if found["status"] in ("validating", "in_progress"):
             times = found["times"] | {"cancelling_at": now()}
             connection.execute(update(table).where(table.c.id == batch_id).values(status="cancelling", times=times))
-    return shape(_find(server, batch_id))
+    return shape(_asked_for(server, caller, batch_id))
 
 
 def shape(batch: dict[str, Any]) -> dict[str, Any]:
@@ -208,24 +226,35 @@ class Work:
             await self._steps()
         except Lost:
             logger.warning("batch %s was taken by another server", self.batch["id"])
+        except PASSING:  # what was answered is in the spool: whoever takes the batch next goes on behind it
+            logger.exception("batch %s waits for the database", self.batch["id"])
+            await asyncio.to_thread(self._release)
+            await asyncio.sleep(POLL_S)
         except Exception:  # or one broken batch would keep the others waiting for ever
             logger.exception("batch %s", self.batch["id"])
             with contextlib.suppress(Lost):
                 await self._fail([_problem("server_error", "The server had an error; its log has the reason.")])
         except asyncio.CancelledError:  # the server stops: the next one goes on
-            with contextlib.suppress(Lost):
-                self._set(claimed_by=None)
+            self._release()
             raise
         finally:
             renewing.cancel()
             await asyncio.gather(renewing, return_exceptions=True)
+
+    def _release(self) -> None:
+        """Give the batch back, or let its claim run out where the database does not even hear that."""
+        try:
+            self._set(claimed_by=None)
+        except Lost:
+            logger.warning("batch %s was taken by another server", self.batch["id"])
+        except PASSING:
+            logger.exception("batch %s is given back in %.0f seconds", self.batch["id"], STALE_S)
 
     async def _steps(self) -> None:
         found = await asyncio.to_thread(self._check)
         if isinstance(found, list):
             await self._fail(found)
             return
-        caller = await asyncio.to_thread(self._caller)
         done = await asyncio.to_thread(self._answered)
         self.counts = {"total": found, "completed": 0, "failed": 0}
         for one in done.values():
@@ -233,14 +262,16 @@ class Work:
         if self.batch["status"] == "validating":
             await self._move("in_progress", since="validating")
         expired = False
-        for line in await asyncio.to_thread(lambda: list(self._lines())):
+        unanswered = self._unanswered(done)
+        while (asked := await asyncio.to_thread(next, unanswered, None)) is not None:
             if self.lost:
                 raise Lost
             if self.cancelled or (expired := self.batch["times"]["expires_at"] <= now()):
                 break
-            asked = json.loads(line)
-            if asked["custom_id"] in done:
-                continue
+            caller = await asyncio.to_thread(self._caller)
+            if not isinstance(caller, Caller):
+                await self._fail([caller])
+                return
             kept = await self._answer(caller, asked)
             ok = kept["error"] is None and kept["response"]["status_code"] == 200
             self.counts["completed" if ok else "failed"] += 1
@@ -273,17 +304,42 @@ class Work:
             await self._move("finalizing", since="in_progress")
         if self.cancelled:
             status = "cancelled"
-        good, bad = await asyncio.to_thread(self._keep_files)
-        times = self.batch["times"] | {f"{status}_at": now()}
-        ended = {"status": status, "times": times, "counts": self.counts, "claimed_by": None}
-        await asyncio.to_thread(lambda: self._set(output_file_id=good, error_file_id=bad, **ended))
-        self._spool.unlink(missing_ok=True)
+        await asyncio.to_thread(self._end, status)
 
     async def _fail(self, problems: list[dict[str, Any]]) -> None:
-        times = self.batch["times"] | {"failed_at": now()}
+        """The batch is over; what was answered is kept all the same."""
         errors = {"object": "list", "data": problems}
-        ended = {"status": "failed", "times": times, "errors": errors, "claimed_by": None}
-        await asyncio.to_thread(lambda: self._set(**ended))
+        try:
+            await asyncio.to_thread(lambda: self._end("failed", errors=errors))
+        except (Lost, *PASSING):
+            raise
+        except Exception:  # no space for the files, say: the spool stays where it is
+            logger.exception("the answers of batch %s are in %s only", self.batch["id"], self._spool)
+            times = self.batch["times"] | {"failed_at": now()}
+            ended = {"status": "failed", "times": times, "errors": errors, "claimed_by": None}
+            await asyncio.to_thread(lambda: self._set(**ended))
+
+    def _end(self, status: str, **values: Any) -> None:
+        """Put the answers into files, and the batch into its last status: both or neither."""
+        made: dict[str, dict[str, Any]] = {}
+        try:
+            for column, good in (("output_file_id", True), ("error_file_id", False)):
+                if (row := self._file(good)) is not None:
+                    made[column] = row
+        except BaseException:
+            for row in made.values():
+                self.server.blobs.delete(row["id"])
+            raise
+        ids = {column: row["id"] for column, row in made.items()}
+        times = self.batch["times"] | {f"{status}_at": now()}
+        ended = {"status": status, "times": times, "claimed_by": None, **ids, **values}
+        if self.counts:
+            ended["counts"] = dict(self.counts)
+        with files.noting(self.server, *ids.values()) as connection:
+            for row in made.values():
+                connection.execute(insert(tables.files).values(**row))
+            self._write_row(connection, **ended)
+        self._spool.unlink(missing_ok=True)
 
     async def _move(self, status: str, *, since: str) -> None:
         """From one status to the next, unless somebody has cancelled the batch meanwhile."""
@@ -314,6 +370,7 @@ class Work:
         """
         self._set(heartbeat_at=time.time(), **({"counts": dict(self.counts)} if self.counts else {}))
         found = _find(self.server, self.batch["id"])
+        assert found is not None, "batches are never deleted"
         if found["status"] == "cancelling":
             self.cancelled = True
             self.batch["times"] = found["times"]
@@ -324,12 +381,15 @@ class Work:
         Raises:
             Lost: it is no longer.
         """
+        with self.server.store.begin() as connection:
+            self._write_row(connection, *where, **values)
+        self.batch |= values
+
+    def _write_row(self, connection: Connection, *where: Any, **values: Any) -> None:
         table = tables.batches
         mine = update(table).where(table.c.id == self.batch["id"], table.c.claimed_by == self.worker, *where)
-        with self.server.store.begin() as connection:
-            if not connection.execute(mine.values(**values)).rowcount:
-                raise Lost
-        self.batch |= values
+        if not connection.execute(mine.values(**values)).rowcount:
+            raise Lost
 
     def _check(self) -> int | list[dict[str, Any]]:
         """How many requests the file holds, or what is wrong with it."""
@@ -340,31 +400,48 @@ class Work:
         problems: list[dict[str, Any]] = []
         seen: set[str] = set()
         count = 0
-        for number, line in enumerate(self._lines(), start=1):
+        for number, line in self._lines():
             count += 1
             if count > LINES:
                 return [_problem("too_many_requests", f"The file has more than {LINES:,} requests.")]
-            said = _wrong(line, self.batch["endpoint"], seen)
-            if said is not None:
-                problems.append(_problem(*said, line=number))
+            if len(line) > LINE_BYTES:
+                said = f"This line has more than {LINE_BYTES:,} bytes ({LINE_BYTES >> 20} MB)."
+                return [*problems, _problem("line_too_long", said, line=number)]
+            wrong = _wrong(line, self.batch["endpoint"], seen)
+            if wrong is not None:
+                problems.append(_problem(*wrong, line=number))
             if len(problems) == 50:
                 break
         if not count:
             return [_problem("empty_file", "The input file is empty.")]
         return problems or count
 
-    def _lines(self) -> Iterator[bytes]:
+    def _lines(self) -> Iterator[tuple[int, bytes]]:
+        """Lines that say something, and their numbers. One that is too long is cut off behind `LINE_BYTES`."""
         with self.server.blobs.local(self.batch["input_file_id"]).open("rb") as file:
-            for line in file:
-                if line.strip():
-                    yield line.removeprefix(b"\xef\xbb\xbf")
+            for number, line in enumerate(iter(lambda: file.readline(LINE_BYTES + 1), b""), start=1):
+                if line.strip() or len(line) > LINE_BYTES:
+                    yield number, line.removeprefix(b"\xef\xbb\xbf")
 
-    def _caller(self) -> Caller:
-        """In whose name the requests are asked."""
+    def _unanswered(self, done: dict[str, bool]) -> Iterator[dict[str, Any]]:
+        """Requests that have no answer yet. The file was checked."""
+        for _, line in self._lines():
+            asked: dict[str, Any] = json.loads(line)
+            if asked["custom_id"] not in done:
+                yield asked
+
+    def _caller(self) -> Caller | dict[str, Any]:
+        """In whose name the requests are asked, or why they are asked no more."""
         with self.server.store.read() as connection:
             row = store.row(connection, tables.keys, id=self.batch["key_id"])
-        if row is None:
-            return Caller(Key(self.batch["key_id"], "", "inference", None), "openai")
+        if row is None or row["revoked_at"] is not None:
+            return _problem(
+                "key_revoked", "The key that made this batch was revoked; what was answered by then is kept."
+            )
+        if row["expires_at"] is not None and row["expires_at"] <= now():
+            return _problem(
+                "key_expired", "The key that made this batch has expired; what was answered by then is kept."
+            )
         return Caller(Key(row["id"], row["name"], row["scope"], row["expires_at"], row["account"]), "openai")
 
     @property
@@ -380,33 +457,31 @@ class Work:
 
     def _kept(self) -> Iterator[tuple[str, bool, bytes]]:
         """Custom id, whether it went well, and line of each request that has been answered."""
-        if self._spool.exists():
-            whole = self._spool.read_bytes().rpartition(b"\n")[0]  # a line that was cut off is asked again
-            for line in whole.splitlines():
+        with contextlib.suppress(FileNotFoundError), self._spool.open("rb") as file:
+            for line in file:
+                if not line.endswith(b"\n"):  # it was cut off, and is asked again
+                    break
                 one = json.loads(line)
                 yield one["custom_id"], one["response"]["status_code"] == 200, line
 
     def _answered(self) -> dict[str, bool]:
-        done = {custom_id: good for custom_id, good, _ in self._kept()}
-        if done:  # take away what was cut off
-            lines = b"".join(line + b"\n" for _, _, line in self._kept())
-            self._spool.write_bytes(lines)
-        else:
-            self._spool.unlink(missing_ok=True)
+        done: dict[str, bool] = {}
+        size = 0
+        for custom_id, good, line in self._kept():
+            done[custom_id] = good
+            size += len(line)
+        if self._spool.exists():
+            os.truncate(self._spool, size)  # take away what was cut off
         return done
 
-    def _keep_files(self) -> tuple[str | None, str | None]:
-        """The output file and the file of errors; None for one that would be empty."""
-        return self._keep_file(True, "output"), self._keep_file(False, "error")
-
-    def _keep_file(self, wanted: bool, what: str) -> str | None:
-        lines = (line + b"\n" for _, good, line in self._kept() if good == wanted)
+    def _file(self, wanted: bool) -> dict[str, Any] | None:
+        """Write the file of what went well, or of what did not; gives its row, None where it would be empty."""
+        lines = (line for _, good, line in self._kept() if good == wanted)
         first = next(lines, None)
         if first is None:
             return None
-        name = f"{self.batch['id']}_{what}.jsonl"
-        kept: str = files.keep(self.server, _behind(first, lines), name, "batch_output")["id"]
-        return kept
+        name = f"{self.batch['id']}_{'output' if wanted else 'error'}.jsonl"
+        return files.written(self.server, _behind(first, lines), name, "batch_output")
 
 
 def _behind(first: bytes, rest: Iterator[bytes]) -> Iterator[bytes]:
@@ -453,11 +528,14 @@ def _problem(code: str, message: str, param: str | None = None, line: int | None
     return {"code": code, "message": message, "param": param, "line": line}
 
 
-def _find(server: Server, batch_id: str) -> dict[str, Any]:
-    found = None
-    if batch_id.isprintable():  # PostgreSQL takes no NUL
-        with server.store.read() as connection:
-            found = store.row(connection, tables.batches, id=batch_id)
-    if found is None:
+def _asked_for(server: Server, caller: Caller, batch_id: str) -> dict[str, Any]:
+    """A batch's row; only for the key that made it, and for administrators."""
+    found = _find(server, batch_id) if batch_id.isprintable() else None  # PostgreSQL takes no NUL
+    if found is None or (found["key_id"] != caller.key.id and not caller.key.opens("admin")):
         raise web.not_found("batch", batch_id[:128], param="batch_id")
     return found
+
+
+def _find(server: Server, batch_id: str) -> dict[str, Any] | None:
+    with server.store.read() as connection:
+        return store.row(connection, tables.batches, id=batch_id)

@@ -86,8 +86,15 @@ class Blobs:
                 os.replace(fresh, named)
         return named
 
-    def delete(self, name: str) -> None:
-        """Remove a blob and its local copies; one that is not there is fine."""
+    def delete(self, name: str, *, unfinished: bool = False) -> None:
+        """Remove a blob and its local copies; one that is not there is fine.
+
+        Args:
+            unfinished: also what a writer that was killed has left of it.
+        """
+        if unfinished and self._local:
+            for left in Path(self._root).glob(f".{name}.*"):
+                left.unlink(missing_ok=True)
         with contextlib.suppress(FileNotFoundError):
             self._system.rm_file(self._path(name))
         for copy in self._cache.glob(f"{name}*"):

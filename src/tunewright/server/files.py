@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import logging
 import re
+import threading
 from collections.abc import Iterator
 from typing import Annotated, Any, Literal
 from urllib.parse import quote
@@ -11,7 +14,8 @@ from fastapi import APIRouter, Query, Request
 from fastapi.concurrency import run_in_threadpool
 from fastapi.responses import Response, StreamingResponse
 from pydantic import Field
-from sqlalchemy import delete, insert, or_, select, update
+from sqlalchemy import Connection, delete, insert, or_, select, update
+from sqlalchemy.exc import SQLAlchemyError
 from starlette.datastructures import FormData, UploadFile
 from starlette.exceptions import HTTPException
 
@@ -22,6 +26,8 @@ from tunewright.server.state import Server
 from tunewright.server.store import new_id, now
 from tunewright.server.web import After, Training
 
+logger = logging.getLogger("tunewright.server")
+
 FILE_BYTES = 512 << 20
 """Largest file that is uploaded at once."""
 UPLOAD_BYTES = 8 << 30
@@ -29,11 +35,17 @@ UPLOAD_BYTES = 8 << 30
 PART_BYTES = 64 << 20
 UPLOAD_S = 3600
 """How long an upload waits for its parts."""
+COMPLETING_S = 30
+"""An upload that is being completed by nobody who said so for so long waits for its parts again: its server ended."""
 
 Purpose = Literal["assistants", "batch", "fine-tune", "vision", "user_data", "evals"]
 PURPOSES = ("assistants", "batch", "fine-tune", "vision", "user_data", "evals")
 
 router = APIRouter(tags=["files"], route_class=web.Route)
+
+
+UNSETTLED = ("pending", "completing")
+"""States of an upload of which more is to come."""
 
 
 class ExpiresAfter(Part):
@@ -196,37 +208,26 @@ async def add_part(request: Request, _caller: Training, upload_id: str) -> dict[
 
 @router.post("/uploads/{upload_id}/complete", responses=documents.shows(documents.Upload))
 def complete_upload(request: Request, _caller: Training, upload_id: str, wanted: CompleteIn) -> dict[str, Any]:
+    """A client that did not hear the answer may ask again: it gets the same file."""
     server = web.server(request)
-    upload = _pending(server, upload_id)
-    with server.store.read() as connection:
-        query = select(tables.parts).where(tables.parts.c.upload_id == upload_id)
-        known = {part["id"]: part for part in connection.execute(query).mappings()}
-    for part_id in wanted.part_ids:
-        if part_id not in known:
-            raise ApiError(
-                400, f"Upload '{upload_id}' has no part '{part_id}'.", param="part_ids", code="invalid_value"
-            )
-    total = sum(known[part_id]["bytes"] for part_id in wanted.part_ids)
-    if total != upload["bytes"]:
-        raise ApiError(
-            400,
-            f"The parts have {total} bytes, and the upload was declared with {upload['bytes']}.",
-            param="part_ids",
-            code="invalid_value",
-        )
-    chunks = (chunk for part_id in wanted.part_ids for chunk in server.blobs.chunks(part_id))
-    file = keep(
-        server, chunks, upload["filename"], upload["purpose"], expires_s=upload["file_expires_s"], md5=wanted.md5
-    )
-    _end_upload(server, upload_id, status="completed", file_id=file["id"])
-    return _upload_shape(upload | {"status": "completed"}, file)
+    upload = _found(server, upload_id)
+    if upload["status"] == "completed":
+        return _upload_shape(upload, shape(find(server, upload["file_id"])))
+    _check_pending(upload)
+    _check_parts(server, upload, wanted.part_ids)
+    file_id = new_id("file-")
+    taken = {"status": "completing", "file_id": file_id, "expires_at": now() + COMPLETING_S}
+    if not _change(server, upload_id, tables.uploads.c.status == "pending", **taken):
+        return complete_upload(request, _caller, upload_id, wanted)  # somebody was faster: it is no longer pending
+    return _upload_shape(upload | {"status": "completed"}, _put_together(server, upload, file_id, wanted))
 
 
 @router.post("/uploads/{upload_id}/cancel", responses=documents.shows(documents.Upload))
 def cancel_upload(request: Request, _caller: Training, upload_id: str) -> dict[str, Any]:
     server = web.server(request)
     upload = _pending(server, upload_id)
-    _end_upload(server, upload_id, status="cancelled")
+    if not _end_pending(server, upload_id, status="cancelled"):
+        return cancel_upload(request, _caller, upload_id)  # it is no longer pending
     return _upload_shape(upload | {"status": "cancelled"})
 
 
@@ -244,7 +245,28 @@ def keep(
     Raises:
         ApiError: it is empty, or its bytes are not those of `md5`.
     """
-    file_id = new_id("file-")
+    row = written(server, chunks, filename, purpose, expires_s=expires_s, md5=md5)
+    with noting(server, row["id"]) as connection:
+        connection.execute(insert(tables.files).values(**row))
+    return shape(row)
+
+
+def written(
+    server: Server,
+    chunks: Iterator[bytes],
+    filename: str,
+    purpose: str,
+    *,
+    file_id: str | None = None,
+    expires_s: int | None = None,
+    md5: str | None = None,
+) -> dict[str, Any]:
+    """Write a file's bytes; gives its row, which is to be written next.
+
+    Raises:
+        ApiError: it is empty, or its bytes are not those of `md5`.
+    """
+    file_id = file_id or new_id("file-")
     with server.blobs.writing(file_id) as writer:
         for chunk in chunks:
             writer.write(chunk)
@@ -252,7 +274,7 @@ def keep(
             raise ApiError(400, "The file is empty.", param="file", code="empty_file")
         if md5 is not None and md5.lower() != writer.md5:
             raise ApiError(400, f"The bytes have the MD5 {writer.md5}, not {md5}.", param="md5", code="invalid_value")
-    row = {
+    return {
         "id": file_id,
         "created_at": now(),
         "bytes": writer.size,
@@ -261,9 +283,22 @@ def keep(
         "sha256": writer.sha256,
         "expires_at": None if expires_s is None else now() + expires_s,
     }
-    with server.store.begin() as connection:
-        connection.execute(insert(tables.files).values(**row))
-    return shape(row)
+
+
+@contextlib.contextmanager
+def noting(server: Server, *blobs: str) -> Iterator[Connection]:
+    """A transaction that writes the rows of blobs. Where it is undone they are removed; where nobody knows whether it
+    was, they stay."""
+    ending = False
+    try:
+        with server.store.begin() as connection:
+            yield connection
+            ending = True
+    except BaseException:
+        if not ending:
+            for name in blobs:
+                server.blobs.delete(name)
+        raise
 
 
 def find(server: Server, file_id: str, *, param: str = "id") -> dict[str, Any]:
@@ -305,21 +340,16 @@ def shape(file: dict[str, Any]) -> dict[str, Any]:
 
 def remove_expired(server: Server) -> int:
     """Remove files and uploads whose time is over; gives how many."""
+    uploads = tables.uploads
     with server.store.begin() as connection:
         over = list(connection.execute(select(tables.files.c.id).where(~_alive())).scalars())
-        late = list(
-            connection.execute(
-                select(tables.uploads.c.id).where(
-                    tables.uploads.c.status == "pending", tables.uploads.c.expires_at <= now()
-                )
-            ).scalars()
-        )
         connection.execute(delete(tables.files).where(tables.files.c.id.in_(over)))
+        query = select(uploads.c.id).where(uploads.c.status.in_(UNSETTLED), uploads.c.expires_at <= now())
+        late = list(connection.execute(query).scalars())
     for file_id in over:
         server.blobs.delete(file_id)
-    for upload_id in late:
-        _end_upload(server, upload_id, status="expired")
-    return len(over) + len(late)
+    settled = [_found(server, upload_id)["status"] for upload_id in late]
+    return len(over) + settled.count("expired")
 
 
 class _form:
@@ -387,37 +417,145 @@ def _keep_part(server: Server, upload_id: str, sent: UploadFile) -> dict[str, An
                 400, f"A part has 1 to {PART_BYTES >> 20} MB; this has {writer.size} bytes.", param="data",
                 code="invalid_value",
             )  # fmt: skip
-    with server.store.begin() as connection:
+    uploads = tables.uploads
+    pending = select(uploads.c.id).where(uploads.c.id == upload_id, uploads.c.status == "pending").with_for_update()
+    with noting(server, part["id"]) as connection:
+        if connection.execute(pending).first() is None:
+            raise _not_pending(upload_id, "no longer pending")
         connection.execute(insert(tables.parts).values(**part, bytes=writer.size))
     return {**part, "object": "upload.part"}
 
 
+def _check_parts(server: Server, upload: dict[str, Any], part_ids: list[str]) -> None:
+    with server.store.read() as connection:
+        query = select(tables.parts.c.id, tables.parts.c.bytes).where(tables.parts.c.upload_id == upload["id"])
+        known = {row.id: row.bytes for row in connection.execute(query)}
+    for part_id in part_ids:
+        if part_id not in known:
+            raise ApiError(
+                400, f"Upload '{upload['id']}' has no part '{part_id}'.", param="part_ids", code="invalid_value"
+            )
+    total = sum(known[part_id] for part_id in part_ids)
+    if total != upload["bytes"]:
+        raise ApiError(
+            400,
+            f"The parts have {total} bytes, and the upload was declared with {upload['bytes']}.",
+            param="part_ids",
+            code="invalid_value",
+        )
+
+
+def _put_together(server: Server, upload: dict[str, Any], file_id: str, wanted: CompleteIn) -> dict[str, Any]:
+    """Make the file of an upload that was taken for it; gives the file. Where it cannot be made the upload is pending
+    again."""
+    uploads = tables.uploads
+    mine = (uploads.c.status == "completing") & (uploads.c.file_id == file_id)
+    chunks = (chunk for part_id in wanted.part_ids for chunk in server.blobs.chunks(part_id))
+    expires = {"expires_at": upload["expires_at"]}
+    try:
+        with _renewed(server, upload["id"], mine):
+            row = written(
+                server, chunks, upload["filename"], upload["purpose"],
+                file_id=file_id, expires_s=upload["file_expires_s"], md5=wanted.md5,
+            )  # fmt: skip
+            with noting(server, file_id) as connection:
+                parts = _end(connection, upload["id"], mine, status="completed", **expires)
+                if parts is None:
+                    raise _taken(upload)
+                connection.execute(insert(tables.files).values(**row))
+    except BaseException as error:
+        if not _change(server, upload["id"], mine, status="pending", file_id=None, **expires):
+            raise _taken(upload) from error
+        raise
+    for part_id in parts:
+        server.blobs.delete(part_id)
+    return shape(row)
+
+
+def _taken(upload: dict[str, Any]) -> ApiError:
+    """This server was away for so long that the upload was given back, and what it had written was removed."""
+    return _not_pending(upload["id"], "no longer being completed here")
+
+
+@contextlib.contextmanager
+def _renewed(server: Server, upload_id: str, mine: Any) -> Iterator[None]:
+    """Say, again and again, that an upload is still being completed."""
+    over = threading.Event()
+
+    def renew() -> None:
+        while not over.wait(COMPLETING_S / 3):
+            try:
+                _change(server, upload_id, mine, expires_at=now() + COMPLETING_S)
+            except SQLAlchemyError:
+                logger.exception("the upload %s cannot be renewed", upload_id)
+
+    renewing = threading.Thread(target=renew, name=f"renew {upload_id}", daemon=True)
+    renewing.start()
+    try:
+        yield
+    finally:
+        over.set()
+        renewing.join()
+
+
 def _pending(server: Server, upload_id: str) -> dict[str, Any]:
+    upload = _found(server, upload_id)
+    _check_pending(upload)
+    return upload
+
+
+def _check_pending(upload: dict[str, Any]) -> None:
+    if upload["status"] == "completing":
+        raise _not_pending(upload["id"], "being completed")
+    if upload["status"] != "pending":
+        raise _not_pending(upload["id"], f"{upload['status']}; make a new one")
+
+
+def _not_pending(upload_id: str, state: str) -> ApiError:
+    return ApiError(400, f"Upload '{upload_id}' is {state}.", param="upload_id", code="invalid_value")
+
+
+def _found(server: Server, upload_id: str) -> dict[str, Any]:
+    """An upload as it is by now: expired, or pending again where the server that was completing it has ended."""
     with server.store.read() as connection:
         upload = store.row(connection, tables.uploads, id=upload_id)
     if upload is None:
         raise web.not_found("Upload", upload_id[:128], param="upload_id")
-    if upload["status"] == "pending" and upload["expires_at"] <= now():
-        _end_upload(server, upload_id, status="expired")
-        upload["status"] = "expired"
-    if upload["status"] != "pending":
-        raise ApiError(
-            400, f"Upload '{upload_id}' is {upload['status']}; make a new one.", param="upload_id",
-            code="invalid_value",
-        )  # fmt: skip
-    return upload
+    if upload["status"] not in UNSETTLED or upload["expires_at"] > now():
+        return upload
+    if upload["status"] == "pending":
+        _end_pending(server, upload_id, status="expired")
+    else:
+        left = (tables.uploads.c.file_id == upload["file_id"]) & (tables.uploads.c.expires_at <= now())
+        left &= tables.uploads.c.status == "completing"
+        if _change(server, upload_id, left, status="pending", file_id=None, expires_at=now() + UPLOAD_S):
+            server.blobs.delete(upload["file_id"], unfinished=True)
+    return _found(server, upload_id)
 
 
-def _end_upload(server: Server, upload_id: str, **values: Any) -> None:
-    """Settle an upload and let go of its parts."""
+def _change(server: Server, upload_id: str, where: Any, **values: Any) -> bool:
+    """Change an upload that is as `where` says; gives whether it was."""
+    changed = update(tables.uploads).where(tables.uploads.c.id == upload_id, where).values(**values)
     with server.store.begin() as connection:
-        connection.execute(update(tables.uploads).where(tables.uploads.c.id == upload_id).values(**values))
-        parts = list(
-            connection.execute(select(tables.parts.c.id).where(tables.parts.c.upload_id == upload_id)).scalars()
-        )
-        connection.execute(delete(tables.parts).where(tables.parts.c.upload_id == upload_id))
-    for part_id in parts:
+        return bool(connection.execute(changed).rowcount)
+
+
+def _end_pending(server: Server, upload_id: str, *, status: str) -> bool:
+    """Settle an upload that is pending, and let go of its parts; gives whether it was."""
+    with server.store.begin() as connection:
+        parts = _end(connection, upload_id, tables.uploads.c.status == "pending", status=status)
+    for part_id in parts or ():
         server.blobs.delete(part_id)
+    return parts is not None
+
+
+def _end(connection: Connection, upload_id: str, where: Any, **values: Any) -> list[str] | None:
+    """Settle an upload that is as `where` says; gives the parts that go with it, None where it is otherwise."""
+    changed = update(tables.uploads).where(tables.uploads.c.id == upload_id, where).values(**values)
+    if not connection.execute(changed).rowcount:
+        return None
+    gone = delete(tables.parts).where(tables.parts.c.upload_id == upload_id).returning(tables.parts.c.id)
+    return list(connection.execute(gone).scalars())
 
 
 def _upload_shape(upload: dict[str, Any], file: dict[str, Any] | None = None) -> dict[str, Any]:
