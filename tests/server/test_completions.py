@@ -250,6 +250,29 @@ def test_what_goes_wrong_in_a_stream_is_its_last_event_and_is_counted(
     assert strict.used_up == [(120 // 4, 1)]
 
 
+class Refusing(EchoEngines):
+    """Takes no request."""
+
+    async def ask(self, target: Any, path: str, body: Mapping[str, Any]) -> dict[str, Any]:
+        raise ApiError(400, "It is too long.", param="messages", code="context_length_exceeded")
+
+    async def stream(self, target: Any, path: str, body: Mapping[str, Any]) -> AsyncGenerator[dict[str, Any]]:
+        await self.ask(target, path, body)
+        yield {}
+
+
+@pytest.mark.parametrize("screens", [True, False])
+@pytest.mark.parametrize("stream", [True, False])
+def test_what_the_engine_refuses_is_not_counted(
+    echo: Serving, strict: Strict, monkeypatch: pytest.MonkeyPatch, stream: bool, screens: bool
+) -> None:
+    monkeypatch.setattr(echo.server, "engines", Refusing())
+    strict.screens = screens
+    reply = post(echo, "/v1/chat/completions", {**BODY, "stream": stream})
+    assert (reply.status_code, reply.json()["error"]["code"]) == (400, "context_length_exceeded")
+    assert strict.used_up == []
+
+
 # --- real engines ---
 
 

@@ -125,6 +125,8 @@ class Job:
     headers: dict[str, str]
     said: int = 0
     """Chunks with text that a stream has brought: tokens, about."""
+    begun: bool = False
+    """Whether a stream has brought anything; one that the engine refused has not, and is not counted."""
 
     @property
     def body(self) -> dict[str, Any]:
@@ -168,13 +170,15 @@ class Job:
                         chunk.pop("usage", None)
                         yield chunk
         finally:
-            if usage is None:  # it broke off, so the chunks that came are counted
+            if usage is None and self.begun:  # it broke off, so the chunks that came are counted
                 usage = {"prompt_tokens": self.characters // TOKEN, "completion_tokens": self.said}
-            self.route.used(usage["prompt_tokens"], usage["completion_tokens"])
+            if usage is not None:
+                self.route.used(usage["prompt_tokens"], usage["completion_tokens"])
 
     async def _counted(self, engine: AsyncGenerator[dict[str, Any]]) -> AsyncGenerator[dict[str, Any]]:
         async with contextlib.aclosing(engine):
             async for chunk in engine:
+                self.begun = True
                 self.said += any(_text(choice) for choice in chunk["choices"])
                 yield chunk
 
