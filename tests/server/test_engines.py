@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import os
 import shutil
 import signal
@@ -9,7 +11,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import httpx2
 import openai
@@ -20,7 +22,10 @@ from serving import LABELS, Models, Serving, make_models, serving
 
 from tunewright import chat, models
 from tunewright.generate import LocalCompleter
+from tunewright.server import engines as kept
 from tunewright.server import models as named
+from tunewright.server.engines import Engine, Engines
+from tunewright.server.models import Target
 
 ASK = [{"role": "user", "content": "is it good?"}]
 
@@ -195,3 +200,149 @@ def test_the_engine_that_was_asked_longest_ago_makes_room_and_an_idle_one_ends(k
         wait_for(lambda: not served.server.engines.running())  # nobody asks
         wait_for(lambda: not psutil.pid_exists(last))
     assert "engine" in (tmp_path / "engines" / f"{served.target('ft:full').engine}.log").read_text()
+
+
+# --- without processes: who ends when ---
+
+
+class Bare(Engine):
+    """An engine without a process, which ends when it is let."""
+
+    there: ClassVar[list[str]] = []
+    """Those that are there, by name."""
+    may_end: ClassVar[dict[str, asyncio.Event]] = {}
+    failing: ClassVar[set[str]] = set()
+
+    def __init__(self, target: Target, log: Path) -> None:
+        super().__init__(target, log)
+        self.there.append(target.name)
+
+    async def _start(self) -> None:
+        pass
+
+    async def stop(self) -> None:
+        name = self._target.name
+        if name in self.may_end:
+            await self.may_end[name].wait()
+        await super().stop()
+        self.there.remove(name)
+        if name in self.failing:
+            raise OSError("it does not want to")
+
+
+@pytest.fixture
+def bare(monkeypatch: pytest.MonkeyPatch) -> type[Bare]:
+    Bare.there, Bare.may_end, Bare.failing = [], {}, set()
+    monkeypatch.setattr(kept, "Engine", Bare)
+    return Bare
+
+
+def whole(name: str) -> Target:
+    return Target(name, name, name, None, None, "base", 0)
+
+
+async def once(engines: Engines, name: str) -> None:
+    async with engines._asked(whole(name)):
+        pass
+
+
+async def soon(condition: Callable[[], Any]) -> None:
+    async with asyncio.timeout(10):
+        while not condition():
+            await asyncio.sleep(0.005)
+
+
+def test_an_engine_that_makes_room_ends_and_counts_though_who_wanted_the_room_has_left(
+    bare: type[Bare], tmp_path: Path
+) -> None:
+    async def run() -> None:
+        async with contextlib.aclosing(Engines(tmp_path, most=1)) as engines:
+            async with engines._asked(whole("one")):
+                leaver = asyncio.create_task(once(engines, "two"))
+                await soon(lambda: not engines._engines)  # "one" takes no more requests
+                leaver.cancel()
+                await asyncio.wait([leaver])
+                assert list(engines.running().values()) == [1]
+                third = asyncio.create_task(once(engines, "three"))
+                await asyncio.sleep(0.05)
+                assert bare.there == ["one"], "there is no room for another"
+            await asyncio.wait_for(third, 10)
+            assert bare.there == ["three"]
+        assert bare.there == []
+
+    asyncio.run(run())
+
+
+def test_engines_that_are_ending_are_ended_with_the_rest(bare: type[Bare], tmp_path: Path) -> None:
+    async def run() -> None:
+        engines = Engines(tmp_path, most=1)
+        async with contextlib.AsyncExitStack() as asking:
+            await asking.enter_async_context(engines._asked(whole("one")))
+            leaver = asyncio.create_task(once(engines, "two"))
+            await soon(lambda: not engines._engines)
+            leaver.cancel()
+            await asyncio.wait([leaver])
+            await engines.aclose()
+            assert bare.there == []
+
+    asyncio.run(run())
+
+
+def test_an_engine_that_is_asked_while_another_idle_one_ends_goes_on(bare: type[Bare], tmp_path: Path) -> None:
+    async def run() -> None:
+        async with contextlib.aclosing(Engines(tmp_path, most=3, idle_s=0.2)) as engines:
+            bare.may_end["one"] = asyncio.Event()
+            await once(engines, "one")
+            await once(engines, "two")
+            for engine in engines._engines.values():
+                engine.last = time.monotonic()  # idle for long enough at the same time
+            await soon(lambda: whole("one").engine not in engines._engines)  # it is ending
+            async with engines._asked(whole("two")):
+                bare.may_end["one"].set()
+                await soon(lambda: bare.there == ["two"])
+                await asyncio.sleep(0.2)
+                assert bare.there == ["two"], "it is being asked"
+            await soon(lambda: not bare.there)
+
+    asyncio.run(run())
+
+
+def test_an_engine_that_fails_to_end_does_not_keep_the_idle_ones_from_it(
+    bare: type[Bare], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def run() -> None:
+        async with contextlib.aclosing(Engines(tmp_path, most=3, idle_s=0.1)) as engines:
+            bare.failing.add("one")
+            for name in ("one", "two"):
+                await once(engines, name)
+            await soon(lambda: not bare.there)
+            await once(engines, "three")
+            await soon(lambda: not bare.there)
+            assert engines.running() == {}
+
+    asyncio.run(run())
+    assert "could not be stopped" in caplog.text
+    assert "does not want to" in caplog.text
+
+
+def test_a_process_that_is_being_started_when_its_engine_ends_is_ended(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    let = threading.Event()
+    spawn = Engine._spawn
+
+    def slow(self: Engine) -> int:
+        let.wait(10)
+        return spawn(self)
+
+    monkeypatch.setattr(Engine, "_spawn", slow)
+
+    async def run() -> None:
+        engine = Engine(whole("one"), tmp_path / "log")
+        await asyncio.sleep(0.05)
+        asyncio.get_running_loop().call_later(0.1, let.set)
+        await engine.stop()
+        assert engine.pid is not None
+        assert engine.exit_code is not None
+
+    asyncio.run(run())

@@ -20,6 +20,7 @@ from tunewright.errors import EndpointError
 from tunewright.server import filter as filters
 from tunewright.server import words
 from tunewright.server.filter import Blocklist, RemoteClassifier, WordsClassifier, screen
+from tunewright.testing import EchoEngines
 
 DEFAULT = filters.policy(filters.DEFAULT, filters.SYSTEM[filters.DEFAULT], {})
 
@@ -328,6 +329,30 @@ def test_policies_and_blocklists_from_beginning_to_end(served: Running) -> None:
         client.rai_blocklists.begin_delete(*at, "secrets", **PLAIN).result()
         assert list(client.rai_blocklists.list(*at, **PLAIN)) == []
         assert {one.name for one in client.rai_content_filters.list("local", **PLAIN)} >= {"Hate", "Jailbreak"}
+
+
+def test_a_blocklist_holds_for_tools_and_schemas(served: Running) -> None:
+    add_base(served.server, "small")
+    served.server.engines = EchoEngines()
+    call(served, "PUT", f"{LOCAL}/raiBlocklists/secrets", {})
+    for name, item in (("one", {"pattern": "falcon"}), ("two", {"pattern": r"\b\d{9}\b", "isRegex": True})):
+        call(served, "PUT", f"{LOCAL}/raiBlocklists/secrets/raiBlocklistItems/{name}", {"properties": item})
+    held = {"customBlocklists": [{"blocklistName": "secrets", "blocking": True, "source": "Prompt"}]}
+    call(served, "PUT", f"{LOCAL}/raiPolicies/held", {"properties": held})
+    deployed(served, "d", deployment("small", capacity=100, raiPolicyName="held"))
+    asked: dict[str, Any] = {"model": "d", "messages": [{"role": "user", "content": "hello"}]}
+
+    def answered(schema: dict[str, Any]) -> list[int]:
+        tool = {"type": "function", "function": {"name": "look_up", "parameters": schema}}
+        form = {"type": "json_schema", "json_schema": {"name": "x", "schema": schema}}
+        return [
+            call(served, "POST", "/v1/chat/completions", asked | change, key=served.inference_key)[0]
+            for change in ({"tools": [tool]}, {"response_format": form})
+        ]
+
+    assert answered({"enum": ["about Falcon"]}) == [400, 400]
+    assert answered({"enum": [123456789]}) == [400, 400]
+    assert answered({"enum": ["about hawks", 12345678]}) == [200, 200]
 
 
 def test_policies_and_items_that_cannot_be(served: Running) -> None:

@@ -32,7 +32,7 @@ from management_client import (
     deployment,
     sdk,
 )
-from sqlalchemy import update
+from sqlalchemy import event, update
 
 from server_running import Running
 from tunewright.server import account_keys, keys, management, models, store, tables
@@ -317,6 +317,91 @@ def test_a_developer_deployment_is_removed_after_a_day(served: Running) -> None:
     assert [call(served, "GET", f"{LOCAL}/deployments/{name}")[0] for name in ("old", "new", "standard")] == [
         404, 200, 200,
     ]  # fmt: skip
+
+
+@pytest.mark.parametrize("method", ["PUT", "PATCH"])
+def test_an_old_deployment_that_becomes_a_developer_one_has_a_day_from_then_on(
+    served: Running, method: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    add_base(served.server, "small")
+    deployed(served, "d", deployment("small"))
+    made, day = store.now(), 86400
+    path = f"{LOCAL}/deployments/d"
+
+    def later(seconds: int) -> None:
+        monkeypatch.setattr(management, "now", lambda: made + seconds)
+
+    def become(sku: str, capacity: int = 1) -> None:
+        body = {"sku": {"name": sku, "capacity": capacity}}
+        status, said = call(served, method, path, body if method == "PATCH" else deployment("small") | body)
+        assert (status, said["sku"]) == (200, body["sku"])
+        assert "developerSince" not in str(said)
+
+    def there() -> bool:
+        management.remove_expired(served.server)
+        return call(served, "GET", path)[0] == 200
+
+    later(10 * day)
+    become("Developer")
+    assert there()
+    later(11 * day - 60)
+    become("Developer", 2)  # another change does not make the day longer
+    assert there()
+    become("Standard")
+    later(20 * day)
+    assert there()
+    become("Developer")
+    later(21 * day - 60)
+    assert there()
+    later(21 * day + 60)
+    assert not there()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("database", ["postgresql"], indirect=True)
+def test_a_deployment_that_becomes_of_another_kind_while_it_is_looked_at_stays(served: Running) -> None:
+    add_base(served.server, "small")
+    deployed(served, "d", deployment("small", sku="Developer"))
+    table = tables.deployments
+    with served.server.store.begin() as connection:
+        connection.execute(update(table).values(created_at=store.now() - 86400))
+        engine = connection.engine
+
+    def change(_connection: Any, _cursor: Any, statement: str, *_others: Any) -> None:
+        if statement.startswith("DELETE FROM deployments"):
+            assert call(served, "PATCH", f"{LOCAL}/deployments/d", {"sku": {"name": "Standard"}})[0] == 200
+
+    event.listen(engine, "before_cursor_execute", change)
+    try:
+        management.remove_expired(served.server)
+    finally:
+        event.remove(engine, "before_cursor_execute", change)
+    assert call(served, "GET", f"{LOCAL}/deployments/d")[0] == 200
+
+
+def test_a_deployment_of_a_retired_base_fails_and_says_since_when(served: Running) -> None:
+    add_base(served.server, "old", retires_at=1_000_000_000)
+    add_base(served.server, "leaving", retires_at=WHEN)
+    add_tuned(served.server, "ft:old:tunewright::1", "old")
+    deployed(served, "tuned", deployment("ft:old:tunewright::1"))
+    serving = deployed(served, "d", deployment("leaving"))
+    with sdk(served) as client:
+        poller = client.deployments.begin_create_or_update("local", "local", "late", deployment("old"), **PLAIN)
+        with pytest.raises(HttpResponseError, match="'old' was retired on 2001-09-09"):
+            poller.result()
+        assert client.deployments.get("local", "local", "late", **PLAIN).properties.provisioning_state == "Failed"
+    status, said = call(served, "PUT", f"{LOCAL}/deployments/d", deployment("old"))
+    assert (status, said["error"]["code"]) == (400, "DeploymentModelNotSupported")
+    assert call(served, "GET", f"{LOCAL}/deployments/d")[1] == serving
+
+
+def test_a_deployment_whose_base_was_retired_since_can_still_be_changed(served: Running) -> None:
+    add_base(served.server, "old")
+    deployed(served, "d", deployment("old"))
+    with served.server.store.begin() as connection:
+        connection.execute(update(tables.bases).values(retires_at=1_000_000_000))
+    status, said = call(served, "PATCH", f"{LOCAL}/deployments/d", {"sku": {"capacity": 2}})
+    assert (status, said["properties"]["currentCapacity"]) == (200, 2)
 
 
 def test_models_have_their_dates_of_retirement(served: Running) -> None:

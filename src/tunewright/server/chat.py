@@ -125,6 +125,8 @@ class Job:
     headers: dict[str, str]
     said: int = 0
     """Chunks with text that a stream has brought: tokens, about."""
+    begun: bool = False
+    """Whether a stream has brought anything; one that the engine refused has not, and is not counted."""
 
     @property
     def body(self) -> dict[str, Any]:
@@ -168,13 +170,15 @@ class Job:
                         chunk.pop("usage", None)
                         yield chunk
         finally:
-            if usage is None:  # it broke off, so the chunks that came are counted
+            if usage is None and self.begun:  # it broke off, so the chunks that came are counted
                 usage = {"prompt_tokens": self.characters // TOKEN, "completion_tokens": self.said}
-            self.route.used(usage["prompt_tokens"], usage["completion_tokens"])
+            if usage is not None:
+                self.route.used(usage["prompt_tokens"], usage["completion_tokens"])
 
     async def _counted(self, engine: AsyncGenerator[dict[str, Any]]) -> AsyncGenerator[dict[str, Any]]:
         async with contextlib.aclosing(engine):
             async for chunk in engine:
+                self.begun = True
                 self.said += any(_text(choice) for choice in chunk["choices"])
                 yield chunk
 
@@ -231,10 +235,15 @@ async def let_in(
     characters = sum(map(len, texts))
     headers: dict[str, str] = {}
     if isinstance(wanted, TextRequest):
-        characters += TOKEN * sum(len(one) for one in wanted.prompt if not isinstance(one, str))
+        ids = sum(len(one) for one in wanted.prompt if not isinstance(one, str))
+        if ids and route.policy.prompt.looks:
+            raise _unreadable()
+        characters += TOKEN * ids
         answers = len(wanted.prompt) * max(wanted.n or 1, wanted.best_of or 1)
     else:
         answers = wanted.n or 1
+        if wanted.tools or wanted.response_format is not None:
+            texts += _instructions(wanted)
     if metered:
         headers = route.admit(characters, wanted.most, answers)
     annotations = await route.screen_prompt(texts, from_users=list(_prompt(wanted, only=("user", "tool"))))
@@ -320,8 +329,45 @@ def _prompt(wanted: ChatRequest | TextRequest, *, only: Sequence[str] | None = N
             continue
         if message.content:
             yield message.content
+        if message.role == "tool" and message.name:
+            yield message.name
         for call in message.tool_calls or ():
+            yield call.function.name
             yield call.function.arguments
+
+
+def _instructions(wanted: ChatRequest) -> Iterator[str]:
+    """What an application tells the model beside its messages: a text for each tool, and one for the schema."""
+    for tool in wanted.tools:
+        one = tool.function  # templates show what is not declared, too
+        said = [one.name, one.description, one.parameters, one.model_extra, tool.model_extra]
+        yield "\n".join(_strings(said))
+    if (wanted.response_format or {}).get("type") == "json_schema":
+        schema = wanted.response_format["json_schema"]
+        yield "\n".join(_strings([schema.get(key) for key in ("name", "description", "schema")]))
+
+
+def _strings(value: Any) -> Iterator[str]:
+    """The names, texts and numbers in a JSON value, as they are meant: as JSON, a new line would be a letter n."""
+    if isinstance(value, dict):
+        for key, one in value.items():
+            yield key
+            yield from _strings(one)
+    elif isinstance(value, list):
+        for one in value:
+            yield from _strings(one)
+    elif value is not None and not isinstance(value, bool):
+        yield str(value)
+
+
+def _unreadable() -> ApiError:
+    return ApiError(
+        400,
+        "A prompt of token ids cannot be looked through by the content filter, which reads text. Send the prompt as "
+        "text, or ask a deployment whose policy looks for nothing in prompts.",
+        param="prompt",
+        code="unsupported_value",
+    )
 
 
 def _text(choice: dict[str, Any]) -> str:

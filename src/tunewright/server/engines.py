@@ -81,6 +81,8 @@ class Engines:
         self._most = most
         self._idle_s = idle_s
         self._engines: dict[str, Engine] = {}
+        self._leaving: dict[asyncio.Task[None], Engine] = {}
+        """Those that take no more requests; each counts until its process has ended."""
         self._changing = asyncio.Lock()
         self._tidying: asyncio.Task[None] | None = None
 
@@ -114,14 +116,22 @@ class Engines:
 
     def running(self) -> dict[str, int]:
         """The engines that there are, with the requests that each is asked right now."""
-        return {id: engine.asked for id, engine in self._engines.items()}
+        asked: Counter[str] = Counter()
+        for engine in (*self._engines.values(), *self._leaving.values()):
+            asked[engine.id] += engine.asked
+        return dict(asked)
 
     async def aclose(self) -> None:
         """End all engines."""
         if self._tidying is not None:
             self._tidying.cancel()
             await asyncio.gather(self._tidying, return_exceptions=True)
-        engines, self._engines = list(self._engines.values()), {}
+        engines = [*self._engines.values(), *self._leaving.values()]
+        leaving = list(self._leaving)
+        self._engines = {}
+        for task in leaving:
+            task.cancel()
+        await asyncio.gather(*leaving, return_exceptions=True)
         await asyncio.gather(*(engine.stop() for engine in engines))
 
     @contextlib.asynccontextmanager
@@ -154,10 +164,10 @@ class Engines:
         async with self._changing:
             if (engine := self._alive(target)) is not None:
                 return engine
-            if (dead := self._engines.pop(target.engine, None)) is not None:
+            if (dead := self._engines.get(target.engine)) is not None:
                 logger.warning("engine %s ended with %s; starting another", target.engine, dead.exit_code)
-                await dead.stop()
-            while len(self._engines) >= self._most:
+                await asyncio.wait([self._leave(target.engine)])
+            while len(self._engines) + len(self._leaving) >= self._most:
                 await self._make_room()
             engine = self._engines[target.engine] = Engine(target, self._logs / f"{target.engine}.log")
             if self._tidying is None:
@@ -167,19 +177,27 @@ class Engines:
     async def _make_room(self) -> None:
         """End the engine that was asked longest ago, an idle one if there is any. Who asks for it now waits, as for
         one that is not there."""
-        id = min(self._engines, key=lambda one: (self._engines[one].asked > 0, self._engines[one].last))
+        if not self._leaving:
+            self._leave(min(self._engines, key=lambda one: (self._engines[one].asked > 0, self._engines[one].last)))
+        await asyncio.wait(self._leaving, return_when=asyncio.FIRST_COMPLETED)
+
+    def _leave(self, id: str) -> asyncio.Task[None]:
+        """Take no more requests to an engine, and end it once it is done. That goes on whoever stops waiting for it."""
         engine = self._engines.pop(id)
-        await engine.finished()
-        await engine.stop()
+        task = asyncio.create_task(_stop(engine))
+        self._leaving[task] = engine
+        task.add_done_callback(self._leaving.pop)
+        return task
 
     async def _tidy(self) -> None:
         while True:
             await asyncio.sleep(min(30.0, self._idle_s / 4))
-            async with self._changing:
-                until = time.monotonic() - self._idle_s
-                for id in [id for id, one in self._engines.items() if not one.asked and one.last < until]:
-                    logger.info("engine %s was idle for %d s and ends", id, self._idle_s)
-                    await self._engines.pop(id).stop()
+            for id in list(self._engines):
+                async with self._changing:
+                    engine = self._engines.get(id)  # as it is now: the one before took its time to end
+                    if engine is not None and not engine.asked and engine.last < time.monotonic() - self._idle_s:
+                        logger.info("engine %s was idle for %d s and ends", id, self._idle_s)
+                        await asyncio.wait([self._leave(id)])
 
 
 class Engine:
@@ -193,10 +211,12 @@ class Engine:
         """It hung up: its process has ended or is about to, which shows a moment later."""
         self.quiet = asyncio.Event()
         """Set when nobody is left who asks."""
+        self.id = target.engine
         self._target = target
         self._log = log
         self._adapters: dict[str, asyncio.Task[None]] = {}
         self._process: subprocess.Popen[bytes] | None = None
+        self._spawning: asyncio.Task[int] | None = None
         self._folder = Path(tempfile.mkdtemp(prefix="tunewright-"))  # a socket's path must be short
         self._socket = self._folder / "engine.sock"
         self.client = httpx2.AsyncClient(
@@ -246,14 +266,19 @@ class Engine:
         for task in self._adapters.values():
             task.cancel()
         await asyncio.gather(self.started, *self._adapters.values(), return_exceptions=True)
-        await self.client.aclose()
-        if self._process is not None:
-            await asyncio.to_thread(_end, self._process)
-        shutil.rmtree(self._folder, ignore_errors=True)
+        if self._spawning is not None:  # its thread cannot be stopped, and has a process to show for it
+            await asyncio.gather(self._spawning, return_exceptions=True)
+        try:
+            await self.client.aclose()
+        finally:
+            if self._process is not None:
+                await asyncio.to_thread(_end, self._process)
+            shutil.rmtree(self._folder, ignore_errors=True)
 
     async def _start(self) -> None:
         began = time.monotonic()
-        size = await asyncio.to_thread(self._spawn)
+        self._spawning = asyncio.create_task(asyncio.to_thread(self._spawn))
+        size = await asyncio.shield(self._spawning)
         assert self._process is not None
         while True:
             try:
@@ -306,6 +331,15 @@ class Engine:
         reply = await self.client.post("/adapters", json={"folder": folder})
         if reply.status_code != 200:
             raise _unavailable(Path(folder).name, str(reply.json()["error"]["message"]))
+
+
+async def _stop(engine: Engine) -> None:
+    try:
+        if not engine.is_dead:
+            await engine.finished()
+        await engine.stop()
+    except Exception:
+        logger.exception("engine %s could not be stopped", engine.id)
 
 
 def _task(work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:

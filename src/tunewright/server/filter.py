@@ -203,6 +203,11 @@ class Side:
     blocklists: Sequence[tuple[Blocklist, bool]] = ()
     """Each with whether it stops the text."""
 
+    @property
+    def looks(self) -> bool:
+        """Whether anything is looked for."""
+        return bool(self.categories or self.blocklists or self.jailbreak is not None)
+
 
 @dataclass(frozen=True)
 class Policy:

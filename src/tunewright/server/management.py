@@ -22,7 +22,7 @@ from typing import Any, Literal
 from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response
 from pydantic import Field, ValidationError
-from sqlalchemy import Connection, delete, insert, select, update
+from sqlalchemy import Connection, delete, func, insert, select, update
 
 from tunewright.endpoint.shapes import Part, explained
 from tunewright.server import accounts, arm, documents, models, policies, store, tables, web
@@ -48,6 +48,8 @@ SKUS = {
 """Kinds of deployment, which all run here."""
 DEVELOPER, DEVELOPER_S = "Developer", 86400
 """The kind that is for trying a model out, and how long such a deployment stays."""
+SINCE = "developerSince"
+"""Among a deployment's properties, and not shown: when it became one of that kind, unless it was made as one."""
 POOL = 1_000_000
 """Thousands of tokens a minute that all deployments of one model and sku in a region may have together."""
 FORMAT, VERSION = "OpenAI", "1"
@@ -203,7 +205,10 @@ def settle(server: Server) -> None:
             (row, models.known(connection, server.settings.data, row["model"]))
             for row in connection.execute(select(table).where(table.c.state == "Creating")).mappings().all()
         ]
-    settled = [(row, _problem(row["model"], target)) for row, target in creating]
+    settled = [
+        (row, _missing(row["model"], target) or (_retired(target) if target is not None else None))
+        for row, target in creating
+    ]
     for row, problem in settled:
         values = {"state": READY, "error": None} if problem is None else {"state": "Failed", "error": problem}
         with server.store.begin() as connection:
@@ -214,13 +219,16 @@ def settle(server: Server) -> None:
 
 
 def remove_expired(server: Server) -> None:
-    """End the Developer deployments whose day is over."""
+    """End the Developer deployments whose day is over.
+
+    One statement: one that becomes of another kind meanwhile stays.
+    """
     table = tables.deployments
+    since = func.coalesce(table.c.properties[SINCE].as_integer(), table.c.created_at)
+    over_now = (table.c.sku["name"].as_string() == DEVELOPER, since <= now() - DEVELOPER_S)
     with server.store.begin() as connection:
-        old = select(table).where(table.c.created_at <= now() - DEVELOPER_S)
-        over = [row for row in connection.execute(old).mappings() if row["sku"]["name"] == DEVELOPER]
-        for row in over:
-            connection.execute(delete(table).where(table.c.number == row["number"]))
+        ended = delete(table).where(*over_now).returning(table.c.shown, table.c.account)
+        over = connection.execute(ended).mappings().all()
     for row in over:
         logger.info("the Developer deployment %s of %s has been removed after 24 hours", row["shown"], row["account"])
     if over:
@@ -300,9 +308,14 @@ def _write(server: Server, account: Mapping[str, Any], name: str, wanted: Deploy
         if policy is not None:
             properties["raiPolicyName"] = policy
         _check_quota(connection, account, sku, target, before)
+        if (since := _since(sku, before)) is not None:
+            properties[SINCE] = since
         values = {"model": target.name, "sku": sku, "properties": properties, "tags": wanted.tags, "error": None}
         if before is not None and before["state"] == READY:
-            if (problem := _problem(target.name, target)) is not None:  # it goes on serving what it serves
+            problem = _missing(target.name, target)
+            if problem is None and target.name != before["model"]:
+                problem = _retired(target)
+            if problem is not None:  # it goes on serving what it serves
                 raise arm.bad(problem, "DeploymentModelNotSupported")
             state = READY
         else:
@@ -316,6 +329,16 @@ def _write(server: Server, account: Mapping[str, Any], name: str, wanted: Deploy
     assert after is not None
     server.routes.forget()
     return after, before is None
+
+
+def _since(sku: Mapping[str, Any], before: Mapping[str, Any] | None) -> int | None:
+    """When a deployment became a Developer one; None for one that is none, or was made as one."""
+    if before is None or sku["name"] != DEVELOPER:
+        return None
+    if before["sku"]["name"] != DEVELOPER:
+        return now()
+    since: int | None = before["properties"].get(SINCE)
+    return since
 
 
 def _sku(wanted: DeploymentIn) -> dict[str, Any]:
@@ -363,8 +386,8 @@ def _target(connection: Connection, data: Path, wanted: ModelIn) -> Target:
     )
 
 
-def _problem(name: str, target: Target | None) -> str | None:
-    """Why a model cannot serve; None if it can, as far as can be seen without loading it."""
+def _missing(name: str, target: Target | None) -> str | None:
+    """What a model lacks to serve; None for nothing, as far as can be seen without loading it."""
     if target is None:
         return f"The model '{name}' is gone."
     if target.folder is not None and not target.folder.is_dir():
@@ -372,6 +395,13 @@ def _problem(name: str, target: Target | None) -> str | None:
     if target.kind != "full" and Path(target.source).is_absolute() and not Path(target.source).exists():
         return f"The base of '{name}', {target.source}, is not there any more."
     return None
+
+
+def _retired(target: Target) -> str | None:
+    """That a base answers no more, from the day that was set for it; what was tuned from it goes on."""
+    if target.retires is None or target.retires > now():
+        return None
+    return f"The model '{target.name}' was retired on {models.day(target.retires)}."
 
 
 def _check_quota(
