@@ -179,13 +179,14 @@ def test_a_client_that_leaves_frees_the_engine(served: Serving, client: OpenAI, 
 
 
 def test_an_engine_holds_so_many_adapters_and_no_more(
-    served: Serving, client: OpenAI, monkeypatch: pytest.MonkeyPatch
+    known: Models, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("tunewright.server.engines.ADAPTERS", 1)
-    answers = [said(client, name) for name in ("ft:one", "ft:two", "ft:one", "base")]
-    assert answers[0] == answers[2]
-    with httpx2.Client(transport=httpx2.HTTPTransport(uds=str(engine_of(served, "base")._socket))) as direct:
-        assert len(direct.get("http://engine/healthz").json()["adapters"]) == 1
+    with serving(tmp_path, known) as served, served.client() as client:
+        answers = [said(client, name) for name in ("ft:one", "ft:two", "ft:one", "base")]
+        assert answers[0] == answers[2]
+        with httpx2.Client(transport=httpx2.HTTPTransport(uds=str(engine_of(served, "base")._socket))) as direct:
+            assert len(direct.get("http://engine/healthz").json()["adapters"]) == 1
 
 
 @pytest.mark.slow
