@@ -11,7 +11,7 @@ import openai
 import pytest
 from echoing import echoing
 from management_client import LOCAL, add_base, add_tuned, call, deployed, deployment
-from sqlalchemy import select
+from sqlalchemy import select, update
 
 from endpoint_fixtures import running
 from server_running import Running
@@ -82,9 +82,12 @@ def test_a_failed_deployment_says_why(echo: Running) -> None:
 
 
 def test_a_retired_model_answers_no_more_and_takes_no_jobs(echo: Running) -> None:
-    add_base(echo.server, "old", retires_at=1_700_000_000)
+    add_base(echo.server, "old")
     add_base(echo.server, "frozen", fine_tune_until=1_700_000_000, retires_at=1_900_000_000)
     deployed(echo, "d", deployment("old"))
+    with echo.server.store.begin() as connection:  # a deployment that was made before
+        connection.execute(update(tables.bases).where(tables.bases.c.name == "old").values(retires_at=1_700_000_000))
+    echo.server.routes.forget()
     for client, name in ((echo.client(), "old"), (echo.azure(), "d")):
         with pytest.raises(openai.NotFoundError, match="the model 'old' was retired on 2023-11-14"):
             ask(client, name)
