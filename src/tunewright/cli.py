@@ -431,7 +431,7 @@ def rotate_key(
 @keys.command("usage")
 def show_usage(
     data: DataOption = DATA,
-    days: Annotated[int, typer.Option(min=1, help="How many days back, today (UTC) with them.")] = 30,
+    days: Annotated[int, typer.Option(min=1, max=36500, help="How many days back, today (UTC) with them.")] = 30,
     database: DatabaseOption = None,
     as_json: JsonOption = False,
 ) -> None:

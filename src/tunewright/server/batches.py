@@ -25,8 +25,6 @@ from typing import Any, Literal
 from fastapi import APIRouter, Request
 from pydantic import Field
 from sqlalchemy import Connection, insert, or_, select, update
-from sqlalchemy.exc import InterfaceError, OperationalError
-from sqlalchemy.exc import TimeoutError as PoolTimeout
 
 from tunewright.endpoint.shapes import ApiError, Part
 from tunewright.server import documents, files, store, tables, web
@@ -52,8 +50,6 @@ LINE_BYTES = web.JSON_BYTES
 """Longest line: what a request's body may have, too."""
 RETRIES = 3
 """How often a request is tried whose engine ended."""
-PASSING = (OperationalError, InterfaceError, PoolTimeout)
-"""What a database says that is away, or busy, for a while."""
 WORKED_ON = ("validating", "in_progress", "finalizing", "cancelling")
 
 router = APIRouter(tags=["batches"], route_class=web.Route)
@@ -226,7 +222,7 @@ class Work:
             await self._steps()
         except Lost:
             logger.warning("batch %s was taken by another server", self.batch["id"])
-        except PASSING:  # what was answered is in the spool: whoever takes the batch next goes on behind it
+        except store.AWAY:  # what was answered is in the spool: whoever takes the batch next goes on behind it
             logger.exception("batch %s waits for the database", self.batch["id"])
             await asyncio.to_thread(self._release)
             await asyncio.sleep(POLL_S)
@@ -247,7 +243,7 @@ class Work:
             self._set(claimed_by=None)
         except Lost:
             logger.warning("batch %s was taken by another server", self.batch["id"])
-        except PASSING:
+        except store.AWAY:
             logger.exception("batch %s is given back in %.0f seconds", self.batch["id"], STALE_S)
 
     async def _steps(self) -> None:
@@ -311,7 +307,7 @@ class Work:
         errors = {"object": "list", "data": problems}
         try:
             await asyncio.to_thread(lambda: self._end("failed", errors=errors))
-        except (Lost, *PASSING):
+        except (Lost, *store.AWAY):
             raise
         except Exception:  # no space for the files, say: the spool stays where it is
             logger.exception("the answers of batch %s are in %s only", self.batch["id"], self._spool)
