@@ -29,10 +29,11 @@ from sqlalchemy.exc import OperationalError
 from server_running import Running
 from tunewright.errors import RecipeError
 from tunewright.run import Run
-from tunewright.server import jobs, models, process, store, tables
+from tunewright.server import job_recipes, jobs, models, process, store, tables
 from tunewright.server import worker as workers
+from tunewright.server.job_recipes import recipe_of
 from tunewright.server.state import Server, Settings
-from tunewright.server.worker import CHECKING, TRAINING, Worker, claim, recipe_of, results_csv
+from tunewright.server.worker import CHECKING, TRAINING, Worker, claim, results_csv
 
 FINAL = ("succeeded", "failed", "cancelled")
 
@@ -434,10 +435,12 @@ def test_a_database_that_is_away_fails_no_job(served: Running, base: str, monkey
 @given(st.lists(st.sampled_from([b"a", b"bc", b" ", b"\n", b"\r\n"]), max_size=30), st.integers(1, 7))
 def test_lines_are_counted_in_pieces(parts: list[bytes], piece: int) -> None:
     with tempfile.NamedTemporaryFile() as file, pytest.MonkeyPatch.context() as patch:
-        patch.setattr(workers, "PIECE", piece)
+        patch.setattr(job_recipes, "PIECE", piece)
         file.write(b"".join(parts))
         file.flush()
-        assert workers._count_lines(Path(file.name)) == sum(bool(line.strip()) for line in b"".join(parts).split(b"\n"))
+        assert job_recipes.count_lines(Path(file.name)) == sum(
+            bool(line.strip()) for line in b"".join(parts).split(b"\n")
+        )
 
 
 def test_no_password_is_in_the_list_of_processes() -> None:

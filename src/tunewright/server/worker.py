@@ -14,7 +14,6 @@ from __future__ import annotations
 import contextlib
 import csv
 import io
-import json
 import logging
 import os
 import re
@@ -23,7 +22,7 @@ import shutil
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -36,9 +35,10 @@ from tunewright import run as run_folders
 from tunewright.endpoint.shapes import ApiError
 from tunewright.errors import DataError, ModelError, RecipeError, RunBusyError, TunewrightError
 from tunewright.life import Watcher
-from tunewright.recipe import Grpo, Recipe
+from tunewright.recipe import Recipe
 from tunewright.run import Run
 from tunewright.server import files, jobs, models, store, tables
+from tunewright.server.job_recipes import KEPT_CHECKPOINTS, count_lines, recipe_of
 from tunewright.server.state import Server
 from tunewright.server.store import new_id, now
 
@@ -47,12 +47,8 @@ logger = logging.getLogger("tunewright.server")
 POLL_S = 0.5
 BUSY_S = 2.0
 """How long a worker leaves a job alone whose worker before still holds its run."""
-PIECE = 1 << 20
-"""Bytes of a file that are looked at together."""
 MIN_EXAMPLES = 10
 """OpenAI's; fewer are an error of the job."""
-KEPT_CHECKPOINTS = 3
-
 CHECKING = ("validating_files",)
 TRAINING = ("queued", "running")
 
@@ -331,86 +327,6 @@ def keep_checkpoints(server: Server, claimed: Claim, run: Run) -> None:
             shutil.rmtree(server.settings.data / old, ignore_errors=True)
 
 
-def recipe_of(server: Server, job: dict[str, Any]) -> tuple[Recipe, list[str]]:
-    """What a job asks for, as a recipe; and which of the operator's settings for all jobs are not for one like this.
-
-    Raises:
-        TunewrightError: it cannot be one; the message is about the job.
-    """
-    start = models.find(server, job["model"])
-    kind = job["method"]["type"]
-    asked = job["method"][kind].get("hyperparameters", {})
-    training = server.blobs.local(job["training_file"], ".jsonl")
-    rows = _count_lines(training)
-    task = {"supervised": "chat", "dpo": "preference", "reinforcement": "reward"}[kind]
-    train: dict[str, Any] = {
-        "epochs": _given(asked, "n_epochs", lambda: _epochs(rows)),
-        "batch_size": _given(asked, "batch_size", lambda: _batch_size(rows)),
-        "seed": job["seed"],
-        "save_strategy": "epoch",
-        "save_total_limit": KEPT_CHECKPOINTS,
-    }
-    if start.kind == "adapter":
-        train["adapter"] = str(start.folder)
-    data: dict[str, Any] = {"train": str(training)}
-    if job["validation_file"] is not None:
-        validation = str(server.blobs.local(job["validation_file"], ".jsonl"))
-        data["test"] = validation
-        if kind != "reinforcement":  # which has no loss to measure there
-            data["validation"] = validation
-            train["eval_strategy"] = "epoch"
-    else:
-        data["split"] = {"test": 0}  # every row is trained on, as where the client's code comes from
-    if kind == "dpo":
-        beta = asked.get("beta", "auto")
-        train["dpo"] = {} if beta == "auto" else {"beta": beta}
-    made: dict[str, Any] = {
-        "name": job["id"],
-        "model": str(start.folder) if start.kind == "full" else start.source,
-        "task": task,
-        "data": data,
-        "train": train,
-        "evaluate": {"must_beat": None},
-        "package": {"formats": ["safetensors"]},
-    }
-    if start.revision is not None and start.kind != "full":
-        made["revision"] = start.revision
-    if kind == "reinforcement":
-        train["batch_size"] *= Grpo().num_generations  # of prompts there, of drawn answers here
-        made["grader"] = job["method"][kind]["grader"]
-    with server.store.begin() as connection:
-        named = store.row(connection, tables.bases, name=start.base)
-    settings = [*(named["recipe"] if named else ()), *server.settings.overrides]
-    base, unused = _with_settings(json.dumps(made), job["id"], settings, plain=task == "chat" and start.kind == "base")
-    multiplier = asked.get("learning_rate_multiplier", "auto")
-    if multiplier == "auto" or not multiplier:
-        return base, unused
-    rate = base.train.learning_rate
-    if rate is None:
-        rate = recipes.default_rate(base.task, base.train.method)
-    faster = base.train.model_copy(update={"learning_rate": rate * multiplier})
-    return base.model_copy(update={"train": faster}), unused
-
-
-def _with_settings(made: str, job_id: str, settings: Sequence[str], *, plain: bool) -> tuple[Recipe, list[str]]:
-    """A job's recipe with the operator's settings, which were made for supervised jobs on a base (`plain`). One that
-    another kind of job cannot have, such as the form of a fresh adapter where one is gone on with, is left out."""
-    try:
-        return recipes.loads(made, job_id, settings), []
-    except RecipeError:
-        if plain:
-            raise
-    used: list[str] = []
-    unused = []
-    for one in settings:
-        try:
-            recipes.loads(made, job_id, [*used, one])
-            used.append(one)
-        except RecipeError as error:
-            unused.append(f"The setting {one} is not used for this job: {error}")
-    return recipes.loads(made, job_id, used), unused
-
-
 def _run_of(server: Server, claimed: Claim) -> Run:
     """The job's run folder; made, and noted on the job, where there is none yet."""
     if claimed.job["run_id"] is not None:
@@ -436,7 +352,7 @@ def _count(server: Server, job: dict[str, Any]) -> None:
             found = files.find(server, job[param])
         except ApiError:
             raise Refused(f"{what} file {job[param]} was deleted", f"invalid_{param}", param) from None
-        rows = _count_lines(server.blobs.local(found["id"], ".jsonl"))
+        rows = count_lines(server.blobs.local(found["id"], ".jsonl"))
         least = MIN_EXAMPLES if param == "training_file" else 1
         if rows < least:
             raise Refused(
@@ -658,23 +574,6 @@ def _link(source: Any, target: Any) -> None:
         shutil.copy2(source, target)
 
 
-def _given(asked: dict[str, Any], key: str, otherwise: Callable[[], Any]) -> Any:
-    value = asked.get(key, "auto")
-    return otherwise() if value in ("auto", None) else value
-
-
-def _epochs(rows: int) -> int:
-    """OpenAI's own rule (its cookbook's data check): three, more for few examples, fewer for very many."""
-    if rows * 3 < 100:
-        return max(1, min(25, 100 // max(rows, 1)))
-    return max(1, 25000 // rows) if rows * 3 > 25000 else 3
-
-
-def _batch_size(rows: int) -> int:
-    """A five-hundredth of the examples, as OpenAI has it; 4 for a small set, so that a step is no guess."""
-    return int(max(1, min(256, max(rows // 500, min(4, rows // 10)))))
-
-
 def _whole(value: float) -> float | int:
     return int(value) if value == int(value) else value
 
@@ -682,15 +581,3 @@ def _whole(value: float) -> float | int:
 def _multiplier(recipe: Recipe, resolved: dict[str, Any]) -> float:
     usual = recipes.default_rate(recipe.task, resolved["train"]["method"])
     return float(round(resolved["learning_rate"] / usual, 6))
-
-
-def _count_lines(path: Path) -> int:
-    """Lines that say something, however long they are."""
-    counted, says = 0, False
-    with path.open("rb") as file:
-        while piece := file.read(PIECE):
-            going_on, *fresh = piece.split(b"\n")
-            says = says or bool(going_on.strip())
-            for part in fresh:
-                counted, says = counted + says, bool(part.strip())
-    return counted + says
