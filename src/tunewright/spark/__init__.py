@@ -1,0 +1,9 @@
+"""The stages as Spark jobs. What runs here is the driver; `work` hands it a stage.
+
+    session     the Spark session of a run: our package on the executors, versions compared, enough slots
+    preparing   data: read, select, shape, check, clip, as jobs
+    training    TorchDistributor around the ordinary training code
+    scoring     evaluation and batch inference, the model loaded once for each executor
+
+Nothing here is imported by `backends`; a backend starts `python -m tunewright.work STAGE RUN --on spark`.
+"""
