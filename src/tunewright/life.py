@@ -198,8 +198,8 @@ def check(recipe: Recipe, stages: Iterable[str] = STAGES) -> Checked:
         except errors.ModelError as error:
             problems.append(Problem(str(error)))
     for key, asked in (("method: qlora", recipe.train.method == "qlora"), ("fp16", recipe.train.fp16)):
-        if asked and models.best_device(use_cpu=recipe.train.use_cpu) != "cuda":
-            problems.append(Problem(f"train.{key} needs a CUDA GPU, and this machine has none; leave it out"))
+        if asked and _device(recipe) != "cuda":
+            problems.append(Problem(f"train.{key} needs a CUDA GPU, and there is none where it runs; leave it out"))
     try:
         ref = models.find(recipe.model, recipe.revision)
         tokenizer = models.load_tokenizer(ref)
@@ -267,7 +267,7 @@ def resolve(recipe: Recipe, checked: Checked, runs: Path) -> dict[str, Any]:
         raise RecipeError(checked.errors[0].message)
     assert checked.model is not None
     assert checked.data is not None
-    device = models.best_device(use_cpu=recipe.train.use_cpu)
+    device = _device(recipe)
     settled = memory.settle(recipe, checked.model, device, checked.data.splits["train"])
     rate = recipe.train.learning_rate
     return {
@@ -293,6 +293,16 @@ def resolve(recipe: Recipe, checked: Checked, runs: Path) -> dict[str, Any]:
         "platform": platform.platform(),
         "source_commit": _source_commit(),
     }
+
+
+def _device(recipe: Recipe) -> str:
+    """What training computes on: here, or where the backend says."""
+    try:
+        backend = backends.backend(recipe)
+    except RecipeError:  # reported by its own check
+        backend = None
+    elsewhere = backend.device(recipe) if isinstance(backend, backends.Elsewhere) else None
+    return elsewhere or models.best_device(use_cpu=recipe.train.use_cpu)
 
 
 def _hand_over(stage: str, run: Run, backend: Backend, watcher: Watcher) -> None:

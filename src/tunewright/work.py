@@ -1,4 +1,4 @@
-"""What runs inside a backend: `python -m tunewright.work STAGE RUN`.
+"""What runs inside a backend: `python -m tunewright.work STAGE RUN [--on spark]`.
 
 Does one stage for one run, in this process. What goes wrong is written to the run folder as one line for a person;
 the traceback goes to standard error, which the backend keeps as the stage's log.
@@ -19,7 +19,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 from tunewright.errors import FAULT, INTERRUPTED, DiskFullError, StageError, explained
-from tunewright.recipe import NOT_IN_EVERY_TASK
 from tunewright.run import Run, write_json
 
 
@@ -33,6 +32,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("run", type=Path)
     parser.add_argument("--host", default="127.0.0.1")
     parser.add_argument("--port", type=int, default=0)
+    parser.add_argument("--on", choices=["here", "spark"], default="here", help="spark: this is its driver")
     given = parser.parse_args(arguments)
     run = Run.open(given.run)
     stage: str = "deploy" if given.stage == "serve" else given.stage
@@ -51,7 +51,7 @@ def main(arguments: list[str] | None = None) -> int:
         if given.stage == "serve":
             serve(run, given.host, given.port)
         else:
-            STAGES[given.stage](run)
+            (STAGES | ON_SPARK if given.on == "spark" else STAGES)[given.stage](run)
     except (InterruptedError, KeyboardInterrupt) as error:
         print(f"stopped: {error}", file=sys.stderr)
         _report(run, stage, "Interrupted", str(error) or "stopped")
@@ -120,27 +120,9 @@ def prepare(run: Run) -> None:
 
 
 def train(run: Run) -> None:
-    from tunewright import tracking
+    from tunewright.train import stage
 
-    recipe = run.recipe()
-    if recipe.task == "preference":
-        from tunewright.train.preference import fit
-    elif recipe.task == "reward":
-        from tunewright.train.reward import fit
-    else:
-        from tunewright.train.supervised import fit
-    unread = {key for key, tasks in NOT_IN_EVERY_TASK.items() if recipe.task not in tasks}
-    if int(os.environ.get("RANK", 0)) > 0:
-        fit(run, tracking.Tracker(run))  # the first process tells MLflow
-        return
-    with tracking.attach(run) as tracker:
-        tracker.params(_flat(recipe.model_dump(mode="json", exclude={"tracking": True, "train": unread})))
-        tracker.params(
-            {"base_model": run.resolved()["model"]["source"], "revision": run.resolved()["model"]["revision"]}
-        )
-        checks = run.manifest("prepare")
-        tracker.tags({f"data.{split}.sha256": facts["sha256"] for split, facts in checks["splits"].items()})
-        fit(run, tracker)
+    stage.train(run)
 
 
 def evaluate(run: Run) -> None:
@@ -173,15 +155,17 @@ STAGES: dict[str, Callable[[Run], None]] = {
 }
 
 
-def _flat(tree: dict[str, object], prefix: str = "") -> dict[str, object]:
-    """Nested keys as dotted ones, without those that are not set."""
-    flat: dict[str, object] = {}
-    for key, value in tree.items():
-        if isinstance(value, dict):
-            flat |= _flat(value, f"{prefix}{key}.")
-        elif value is not None:
-            flat[prefix + key] = value
-    return flat
+def _train_on_spark(run: Run) -> None:
+    from tunewright.spark import session, training
+
+    with training.heeding_sigterm() as asked_to_stop, session.opened(run, "train") as spark:
+        training.train(run, spark, session.asked(run), asked_to_stop)
+
+
+ON_SPARK: dict[str, Callable[[Run], None]] = {
+    "train": _train_on_spark,
+}
+"""Stages as Spark jobs; the others run in this process, the driver."""
 
 
 if __name__ == "__main__":

@@ -114,6 +114,15 @@ class Serves(Protocol):
         ...
 
 
+@runtime_checkable
+class Elsewhere(Protocol):
+    """The extra of backends whose stages compute on other machines."""
+
+    def device(self, recipe: Recipe) -> str | None:
+        """cpu or cuda: what is trained on there; None where it is this machine."""
+        ...
+
+
 def backend(recipe: Recipe) -> Backend:
     """The backend that a recipe names, with its settings checked.
 

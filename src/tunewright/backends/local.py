@@ -95,12 +95,13 @@ class LocalBackend:
                 problems.append(Problem(_busy(recipe.deploy.host, port)))
         return problems
 
-    def submit(self, stage: str, run: Run) -> Job:
+    def submit(self, stage: str, run: Run, *, on: str = "here") -> Job:
+        """Asked for more by the backends that start their stages from this machine: `on` is what `work` is told."""
         alive = _process(run, stage) or _adopt(run, stage)
         if alive is None:
             run.failure_file(stage).unlink(missing_ok=True)
             run.progress_file(stage).unlink(missing_ok=True)
-            alive = self._start(stage, run, [stage, str(run.path)])
+            alive = self._start(stage, run, [stage, str(run.path), *(() if on == "here" else ("--on", on))])
         return Job(stage, str(alive.pid))
 
     def poll(self, job: Job, run: Run) -> Status:

@@ -11,7 +11,9 @@ import ipaddress
 import os
 import platform
 import re
+import shutil
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from importlib import metadata
@@ -30,7 +32,12 @@ COMPARED = ("torch", "transformers", "tokenizers", "peft", "accelerate", "trl", 
 """Libraries that must have the driver's version on every executor: else ids, losses or pickles differ."""
 PASSED_ON = re.compile(r"(HF_|HUGGINGFACE_|TRANSFORMERS_|TOKENIZERS_|MLFLOW_|DATABRICKS_|OMP_WAIT_POLICY|NCCL_|GLOO_)")
 """Environment variables that executors get as this process has them."""
+PARTS = ("threads", "gpus", "partitions", "wait_s", "patience_s")
+"""Settings that a session which is there already can still be given."""
 ROWS_OF_A_PART = 1000
+NAMED = re.compile(r"(?:Caused by: |: )?((?:[\w.]+\.)?\w+(?:Error|Exception|Failure)\b.*)")
+"""A line of a traceback that names an error."""
+JAVA = re.compile(r"(?:org|java|scala|py4j|io)\.|Py4J")
 
 
 @contextlib.contextmanager
@@ -40,15 +47,25 @@ def opened(run: Run, stage: str, **conf: str) -> Iterator[SparkSession]:
     Raises:
         UserError: there is no cluster at that address, or its executors lack what a stage needs.
     """
-    chosen = run.recipe().backend
-    asked = settings(chosen.model_extra or {}) if chosen.kind == "spark" else Settings()
-    with session(asked, f"tunewright {stage} {run.id}", run.path.parent / ".tunewright", **conf) as spark:
+    with session(asked(run), f"tunewright {stage} {run.id}", run.path.parent / ".tunewright", **conf) as spark:
+        refuse_other_storage(spark, run)
         yield spark
 
 
+def asked(run: Run) -> Settings:
+    """What a run's recipe says about Spark; of a backend that is more than Spark (databricks), what it says of it."""
+    chosen = run.recipe().backend
+    table = chosen.model_extra or {}
+    if chosen.kind == "spark":
+        return settings(table)
+    return settings({key: value for key, value in table.items() if key in ("processes", *PARTS)})
+
+
 @contextlib.contextmanager
-def session(asked: Settings, name: str, shared: Path, **conf: str) -> Iterator[SparkSession]:
-    """A session as the settings ask for it; `shared` is a folder that driver and executors see alike."""
+def session(asked: Settings, name: str, shared: Path | None, **conf: str) -> Iterator[SparkSession]:
+    """A session as the settings ask for it. `shared` is a folder that driver and executors see alike, which our package
+    is put into; without one it is sent to the executors, whose tasks find it and the processes that they start do not.
+    """
     from pyspark.sql import SparkSession
 
     if (there := SparkSession.getActiveSession()) is not None:
@@ -59,18 +76,22 @@ def session(asked: Settings, name: str, shared: Path, **conf: str) -> Iterator[S
         builder = builder.master(asked.master)
     for key, value in {**_defaults(asked, shared), **conf, **_given(asked)}.items():
         builder = builder.config(key, value)
+    kept = Path(tempfile.mkdtemp(prefix="tunewright-spark-"))
     # What the executors start; Spark reads it from the environment alone where no spark-submit comes before.
     os.environ["PYSPARK_PYTHON"] = asked.python or ("./environment/bin/python" if asked.archive else sys.executable)
     try:
         spark = builder.getOrCreate()
     except Exception as error:  # py4j's, whose class says nothing; its cause is a line of Java
-        raise UserError(f"no Spark session at {asked.master or 'the default master'}: {_cause(error)}") from error
+        raise UserError(f"no Spark session at {asked.master or 'the default master'}: {cause(error)}") from error
     spark.sparkContext.setLogLevel("WARN")
     try:
+        if shared is None:
+            _send(spark, kept)
         compare(spark)
         yield spark
     finally:
         spark.stop()
+        shutil.rmtree(kept)
 
 
 def compare(spark: SparkSession) -> list[dict[str, Any]]:
@@ -85,7 +106,7 @@ def compare(spark: SparkSession) -> list[dict[str, Any]]:
         found = spark.sparkContext.parallelize(range(there), there).mapPartitions(_versions_there).collect()
     except Exception as error:
         raise UserError(
-            f"the executors cannot run Tunewright: {_cause(error)}; they need Python {platform.python_version()} with "
+            f"the executors cannot run Tunewright: {cause(error)}; they need Python {platform.python_version()} with "
             "our libraries at backend.python, or a packed environment at backend.archive (docs/backends/spark.md)"
         ) from error
     for one in found:
@@ -100,6 +121,31 @@ def compare(spark: SparkSession) -> list[dict[str, Any]]:
                 "or send this environment along with backend.archive"
             )
     return list({(one["host"], one["python"]): one for one in found}.values())
+
+
+def refuse_other_storage(spark: SparkSession, run: Run) -> None:
+    """Stop where an executor does not see the run folder.
+
+    Raises:
+        UserError: names the executor's host.
+    """
+    there = num_slots(spark)
+    path, state = str(run.state_file), run.state_file.read_text()
+
+    def look(_: Iterator[int]) -> Iterator[str]:
+        try:
+            same = Path(path).read_text() == state
+        except OSError:
+            same = False
+        if not same:
+            yield platform.node()
+
+    blind = spark.sparkContext.parallelize(range(there), there).mapPartitions(look).collect()
+    if blind:
+        raise UserError(
+            f"{run.path}: the executor on {blind[0]} does not see this folder; --runs must name storage that all "
+            "machines of the cluster have at the same path"
+        )
 
 
 def versions() -> dict[str, str]:
@@ -139,13 +185,13 @@ def num_parts(spark: SparkSession, asked: Settings, rows: int) -> int:
     return asked.partitions or max(1, min(3 * num_slots(spark), rows // ROWS_OF_A_PART))
 
 
-def _defaults(asked: Settings, shared: Path) -> dict[str, str]:
+def _defaults(asked: Settings, shared: Path | None) -> dict[str, str]:
     """What a session has unless the recipe says otherwise."""
     threads = str(asked.threads or asked.conf.get("spark.task.cpus", 1))
     conf = {
         "spark.ui.showConsoleProgress": "false",
         "spark.sql.execution.arrow.pyspark.enabled": "true",
-        "spark.executorEnv.PYTHONPATH": str(shipping.unpacked(shared)),
+        **({} if shared is None else {"spark.executorEnv.PYTHONPATH": str(shipping.unpacked(shared))}),
         "spark.executorEnv.OMP_NUM_THREADS": threads,
         "spark.executorEnv.MKL_NUM_THREADS": threads,
         "spark.executorEnv.OMP_WAIT_POLICY": "PASSIVE",
@@ -159,6 +205,11 @@ def _defaults(asked: Settings, shared: Path) -> dict[str, str]:
     if _is_loopback(asked.master):
         conf |= {"spark.driver.host": "127.0.0.1", "spark.driver.bindAddress": "127.0.0.1"}
     return conf
+
+
+def _send(spark: SparkSession, folder: Path) -> None:
+    """Our package to whoever runs a task; each fetches it from `folder` when it gets its first."""
+    spark.sparkContext.addPyFile(str(shipping.wheel(folder)))
 
 
 def _given(asked: Settings) -> dict[str, str]:
@@ -183,14 +234,14 @@ def _versions_there(_: Iterator[int]) -> Iterator[dict[str, Any]]:
     yield {"host": socket.gethostname(), "python": sys.executable, "versions": ours.versions()}
 
 
-def _cause(error: BaseException) -> str:
+def cause(error: BaseException) -> str:
     """The line of a Java or Python traceback that says why."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    said = [line for line in lines if re.match(r"(?:[\w.]+\.)?\w*(?:Error|Exception)\b", line)]
-    python = [line for line in said if not line.startswith(("org.", "java.", "py4j."))]
-    return (python or said[::-1] or lines or [type(error).__name__])[-1][:500]
+    named = [found.group(1) for line in lines if (found := NAMED.match(line))]
+    ours = [line for line in named if not JAVA.match(line)]
+    return (ours or named[::-1] or lines[:1] or [type(error).__name__])[-1][:500]
 
 
 def failed(error: BaseException, doing: str) -> StageError:
     """A Spark job's end as an error of ours, in one line."""
-    return StageError(f"{doing} failed on Spark: {_cause(error)}")
+    return StageError(f"{doing} failed on Spark: {cause(error)}")
