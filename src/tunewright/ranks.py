@@ -32,8 +32,9 @@ from tunewright.run import Run, read_json, write_json, write_text
 BEAT_S = 2.0
 SILENT_S = 60.0
 """A process without a beat for so long is stopped, dead, or cut off."""
-PHASES = ("starting", "loading", "rows", "forward", "waiting", "saving", "done")
-"""Where a process may be, in the order of a step: of two at the same step, the earlier one is behind."""
+PHASES = ("starting", "loading", "rows", "counting", "assembling", "forward", "backward", "waiting", "saving", "done")
+"""Where a process may be, in the order of a step: of two at the same step, the earlier one is behind. While they are
+counting, backward, waiting and saving they exchange numbers, so one that is there may wait for one that is not."""
 SHUT_OUT = ("Connection closed by peer", "Connection reset by peer", "Timed out waiting", "timed out", "Broken pipe")
 """What torch says in a process whose peer went away: never the first cause."""
 
@@ -203,8 +204,11 @@ class Lookout:
             if facts["phase"] != "done" and silent > min(SILENT_S, self.patience_s):
                 return f"{_who(facts)} has given no sign of life for {silent:.0f} s ({_where(facts)})"
         if self.places and now - max(seen for _, seen in self.places.values()) > self.patience_s:
-            behind = min(ranks.values(), key=_place)
-            return f"{_who(behind)} has been {_where(behind)} for more than {self.patience_s:g} s, and the others wait"
+            least = min(map(_place, ranks.values()))
+            behind = [facts for facts in ranks.values() if _place(facts) == least]
+            others = ", and the others wait for it" if len(behind) < len(ranks) else ""
+            who = " and ".join(map(_who, behind))
+            return f"{who} moved on no more for {self.patience_s:g} s ({_where(behind[0])}){others}"
         if not ranks and now - self.began > self.patience_s:
             return f"no process has begun to train within {self.patience_s:g} s"
         return None

@@ -18,6 +18,7 @@ import traceback
 from collections.abc import Callable
 from pathlib import Path
 
+from tunewright import ranks
 from tunewright.errors import FAULT, INTERRUPTED, DiskFullError, StageError, explained
 from tunewright.run import Run, write_json
 
@@ -92,9 +93,9 @@ def engine(arguments: list[str]) -> int:
 
 def _report(run: Run, stage: str, kind: str, message: str) -> None:
     """What the backend tells whoever asked; where the disk is full, the log alone has it. Of several processes the
-    first says it: the others fail because it does."""
-    if "RANK" in os.environ and run.failure_file(stage).is_file():
-        return
+    one that failed first says it: the others fail because it does."""
+    if "RANK" in os.environ and (first := ranks.failure(run)) is not None:
+        kind, message = first["kind"], first["message"]
     try:
         write_json(run.failure_file(stage), {"kind": kind, "message": message})
     except DiskFullError:

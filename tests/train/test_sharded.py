@@ -25,7 +25,7 @@ from tunewright.train import checkpoints, exact
 from tunewright.train.assembling import into_bins
 from tunewright.train.weights import Base
 
-SHARDED = {"fsdp": "full_shard", "batch_size": 4}
+SHARDED = {"fsdp": "full_shard", "batch_size": 8}
 OF_TWO = {"optimizer.bin", "rng_state_0.pth", "rng_state_1.pth"}
 """Files that a checkpoint of two sharding processes has instead of those of one: the optimizer's state is whole too."""
 FEW_TOKENS = 57
@@ -71,8 +71,9 @@ def forwards(run: Run) -> list[tuple[int, int]]:
     """How many bins each of the two processes has in each step, where the rows come in their order."""
     lengths = preparing.stored(run, "train", Base.of(run).tokenizer).lengths.tolist()
     size, budget = run.recipe().train.batch_size, run.resolved()["train"]["tokens_per_forward"]
-    counts = [len(into_bins(lengths[start : start + size], budget)) for start in range(0, len(lengths), size)]
-    return list(zip(counts[::2], counts[1::2], strict=True))
+    steps = [lengths[start : start + size] for start in range(0, len(lengths), size)]
+    shares = [(step[: len(step) // 2], step[len(step) // 2 :]) for step in steps]
+    return [(len(into_bins(one, budget)), len(into_bins(other, budget))) for one, other in shares]
 
 
 def test_processes_with_different_numbers_of_forwards_end_with_the_weights_of_one(prepare: Prepare) -> None:

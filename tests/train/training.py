@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import socket
 import sys
@@ -15,7 +16,7 @@ from typing import Any
 import pytest
 import torch
 
-from tunewright import work
+from tunewright import ranks, work
 from tunewright.run import Run
 from tunewright.tracking import Tracker
 from tunewright.train import checkpoints, exact, supervised
@@ -70,21 +71,31 @@ def end(run: Run, spawn: Spawn, how: signal.Signals, when: Any) -> int | None:
     return code
 
 
-def two(run: Run, spawn: Spawn) -> list[BaseProcess]:
-    """Two processes that train together, as torchrun would start them."""
+def several(run: Run, spawn: Spawn, world: int) -> list[BaseProcess]:
+    """Processes that train together, as torchrun would start them."""
+    shutil.rmtree(ranks.folder(run), ignore_errors=True)
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    place = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    return [spawn(run, **place, RANK=rank, LOCAL_RANK=rank) for rank in ("0", "1")]
+    place = {"WORLD_SIZE": str(world), "LOCAL_WORLD_SIZE": str(world)}
+    place |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    return [spawn(run, **place, RANK=rank, LOCAL_RANK=rank) for rank in map(str, range(world))]
+
+
+def two(run: Run, spawn: Spawn) -> list[BaseProcess]:
+    return several(run, spawn, 2)
+
+
+def fit_by(run: Run, spawn: Spawn, world: int) -> dict[str, Any]:
+    """Train in several processes to the end; gives the manifest."""
+    for process in several(run, spawn, world):
+        process.join(240)
+        assert process.exitcode == 0, (run.path / "train.out").read_text()
+    return run.manifest("train")
 
 
 def fit_by_two(run: Run, spawn: Spawn) -> dict[str, Any]:
-    """Train in two processes to the end; gives the manifest."""
-    for process in two(run, spawn):
-        process.join(120)
-        assert process.exitcode == 0, (run.path / "train.out").read_text()
-    return run.manifest("train")
+    return fit_by(run, spawn, 2)
 
 
 def stop_at(run: Run, step: int) -> None:

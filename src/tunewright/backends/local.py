@@ -10,6 +10,7 @@ import http.client
 import json
 import os
 import secrets
+import shutil
 import signal
 import socket
 import subprocess
@@ -22,7 +23,7 @@ from typing import Any, Literal
 import psutil
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from tunewright import errors
+from tunewright import errors, ranks
 from tunewright.backends.base import Job, Problem, Resource, Status
 from tunewright.errors import EndpointError, RecipeError, StageError
 from tunewright.recipe import Recipe
@@ -47,8 +48,8 @@ class Settings(BaseModel):
     threads: int | None = Field(default=None, ge=1)
     """Threads for arithmetic. Default: as many as the libraries take."""
     processes: int = Field(default=1, ge=1)
-    """Processes that train together, one for each GPU (or, without one, sharing the cores); each takes
-    `train.batch_size` rows a step."""
+    """Processes that train together, one for each GPU (or, without one, sharing the cores). They share out the rows of
+    a step (`train.batch_size`), so their number changes how long training takes, not what is learnt."""
 
 
 class LocalBackend:
@@ -68,6 +69,8 @@ class LocalBackend:
         problems = []
         if self.settings.processes > 1 and recipe.task in ("preference", "reward"):
             problems.append(Problem(f"backend.processes: task: {recipe.task} trains in one process; leave it out"))
+        elif self.settings.processes > (rows := recipe.train.batch_size * recipe.train.gradient_accumulation_steps):
+            problems.append(Problem(too_few_rows(self.settings.processes, rows)))
         if self.settings.processes == 1:
             if recipe.train.fsdp:
                 problems.append(
@@ -101,6 +104,8 @@ class LocalBackend:
         if alive is None:
             run.failure_file(stage).unlink(missing_ok=True)
             run.progress_file(stage).unlink(missing_ok=True)
+            if stage == "train":
+                shutil.rmtree(ranks.folder(run), ignore_errors=True)
             alive = self._start(stage, run, [stage, str(run.path), *(() if on == "here" else ("--on", on))])
         return Job(stage, str(alive.pid))
 
@@ -228,6 +233,14 @@ class LocalBackend:
         job = {"pid": child.pid, "created": process.create_time(), "at": now(), "stage": stage, **facts}
         write_json(run.job_file(stage), job)
         return process
+
+
+def too_few_rows(processes: int, rows: int) -> str:
+    """What to say where there are more processes than rows to share out."""
+    return (
+        f"backend.processes: {processes} processes share out the rows of a step, and a step has {rows} "
+        "(train.batch_size x train.gradient_accumulation_steps); lower the one or raise the other"
+    )
 
 
 def _endpoint(run: Run, job: dict[str, Any]) -> dict[str, Any]:

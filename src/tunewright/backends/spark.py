@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from tunewright.backends.base import Job, Problem, Resource, Status
-from tunewright.backends.local import LocalBackend
+from tunewright.backends.local import LocalBackend, too_few_rows
 from tunewright.recipe import Recipe
 from tunewright.run import Run
 from tunewright.spark.settings import settings
@@ -82,12 +82,7 @@ class SparkBackend:
         if processes > 1 and recipe.task in ("preference", "reward"):
             problems.append(Problem(f"backend.processes: task: {recipe.task} trains in one process; leave it out"))
         elif processes > rows:
-            problems.append(
-                Problem(
-                    f"backend.processes: {processes} processes share out the rows of a step, and a step has {rows} "
-                    "(train.batch_size x train.gradient_accumulation_steps); lower the one or raise the other"
-                )
-            )
+            problems.append(Problem(too_few_rows(processes, rows)))
         if recipe.train.fsdp and processes == 1:
             problems.append(Problem("train.fsdp shards the weights over processes, and backend.processes is 1"))
         return problems

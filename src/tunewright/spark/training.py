@@ -90,8 +90,7 @@ def rank(path: str, attempt: str) -> dict[str, Any]:
     from tunewright.train import stage
 
     run = Run.open(path)
-    with ranks.reporting(run, attempt):
-        stage.train(run)
+    stage.train(run, attempt)
     return {"attempt": attempt, "manifest_sha256": _sha256(run)}
 
 

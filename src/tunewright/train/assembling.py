@@ -11,7 +11,7 @@ Shapes: B rows, T tokens of a bin (B x T when padded), K targets in it.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, Protocol
 
 import numpy as np
@@ -65,13 +65,25 @@ class Row:
     number: int
     ids: list[int]
     mask: list[bool]
+    counts: bool = True
+    """False where it stands in for no row at all: a process runs it along with the others, and nothing comes of it."""
 
 
 class Rows(Dataset[Row]):
-    """The training rows, in their order."""
+    """The training rows, in their order.
 
-    def __init__(self, store: Store) -> None:
+    Where several processes train together, each asks for all rows of a step and is given its share of them, so what a
+    step learns from, and in which order, does not depend on how many they are.
+
+    Args:
+        store: the rendered rows.
+        rank: this process's number.
+        world: how many processes there are.
+    """
+
+    def __init__(self, store: Store, rank: int = 0, world: int = 1) -> None:
         self.store = store
+        self.rank, self.world = rank, world
 
     def __len__(self) -> int:
         return len(self.store)
@@ -80,11 +92,19 @@ class Rows(Dataset[Row]):
         rendering = self.store[index]
         return Row(index, rendering.ids, rendering.mask)
 
+    def __getitems__(self, step: Sequence[int]) -> list[Row]:
+        """This process's share of a step's rows. Of fewer rows than processes some get none, and run one along."""
+        first, end = (len(step) * rank // self.world for rank in (self.rank, self.rank + 1))
+        if first == end:
+            return [replace(self[step[0]], counts=False)]
+        return [self[index] for index in step[first:end]]
+
 
 def collate(rows: Sequence[Row]) -> dict[str, Any]:
     """The rows of one step as Trainer hands them on: as they are, with their targets to be counted."""
     targets = torch.tensor(
-        [token for row in rows for token, flag in zip(row.ids[1:], row.mask[1:], strict=True) if flag]
+        [token for row in rows for token, flag in zip(row.ids[1:], row.mask[1:], strict=True) if flag and row.counts],
+        dtype=torch.long,
     )
     return {"rows": list(rows), "labels": targets, "shift_labels": targets}
 

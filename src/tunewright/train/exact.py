@@ -18,15 +18,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, TrainingArguments
+from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, TrainingArguments, set_seed
 
+from tunewright import ranks
 from tunewright.errors import RecipeError, StageError
 from tunewright.recipe import Recipe
 from tunewright.run import Run, append_json, write_json, write_text
 from tunewright.tracking import Tracker
 from tunewright.train import checkpoints
 from tunewright.train.sharded import here, is_sharded, whole
-from tunewright.train.together import gather, is_first, meet
+from tunewright.train.together import gather, is_first, meet, place
 from tunewright.train.weights import sha256, write_weights
 
 OURS = {
@@ -60,6 +61,7 @@ SHOWN = 5
 
 def begin(run: Run) -> Path | None:
     """Clear away what a kill left torn; gives the last whole checkpoint, which training goes on from."""
+    ranks.enter("loading")
     if is_first():
         torn = checkpoints.sweep(run.checkpoints)
         start = checkpoints.latest(run.checkpoints)
@@ -184,7 +186,8 @@ class Exact(Trainer):
 
     def sealed_facts(self) -> dict[str, Any]:
         """What else a resumed run has to know."""
-        return {"no_better": self.patience.early_stopping_patience_counter if self.patience else 0}
+        no_better = self.patience.early_stopping_patience_counter if self.patience else 0
+        return {"no_better": no_better, "processes": place()[1]}
 
     def _is_past_the_best(self) -> bool:
         patience = self.patience
@@ -253,6 +256,7 @@ class Exact(Trainer):
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         """A checkpoint is sealed once MLflow has it and every number up to it, so a resume has nothing to make up."""
+        ranks.enter("saving")
         self.refuse_broken_weights()
         super()._save_checkpoint(model, trial)
         losses = gather(self._tr_loss.item())  # each process has written its own part
@@ -276,6 +280,19 @@ class Exact(Trainer):
             Path(self.args.output_dir), self.recipe.train.save_total_limit, best=self.state.best_model_checkpoint
         )
         self.run.event("train", "checkpoint", step=self.state.global_step)
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        """As Trainer's. In a checkpoint by another number of processes there may be no state for this one: then it
+        draws anew, the same in every attempt, so that dropout differs from an unbroken run's and nothing else does."""
+        super()._load_rng_state(checkpoint)
+        if checkpoint is None:
+            return
+        rank, world = place()
+        before = checkpoints.facts(Path(checkpoint)).get("processes", world)
+        if before != world and is_first():
+            self.run.event("train", "another number of processes", before=before, now=world)
+        if not (Path(checkpoint) / (f"rng_state_{rank}.pth" if world > 1 else "rng_state.pth")).is_file():
+            set_seed(self.args.seed + 1_000_003 * (self.state.global_step + 1) + rank)
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         if is_first():
@@ -321,7 +338,8 @@ class Watch(TrainerCallback):
 
     def _all_stop(self) -> bool:
         """Whether any of the processes was asked to stop; all of them stop at the same step, or none."""
-        return any(gather(self.asked_to_stop))
+        ranks.enter("waiting")
+        return any(gather(self.asked_to_stop or ranks.asked_to_stop()))
 
     def _show(self, state: Any) -> None:
         if not is_first():

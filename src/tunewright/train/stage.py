@@ -4,13 +4,21 @@ from __future__ import annotations
 
 import os
 
-from tunewright import tracking
+from tunewright import ranks, tracking
 from tunewright.recipe import NOT_IN_EVERY_TASK
 from tunewright.run import Run
+from tunewright.train import together
 
 
-def train(run: Run) -> None:
-    """Train, in this process or in this one of several (RANK); train/manifest.json is written last."""
+def train(run: Run, attempt: str | None = None) -> None:
+    """Train, in this process or in this one of several (RANK); train/manifest.json is written last. `attempt` is what
+    `ranks.begin` was told, where somebody looks on."""
+    with ranks.reporting(run, attempt):
+        _train(run)
+        together.leave()
+
+
+def _train(run: Run) -> None:
     recipe = run.recipe()
     if recipe.task == "preference":
         from tunewright.train.preference import fit

@@ -10,9 +10,10 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from accelerate.data_loader import BatchSamplerShard
 from transformers import Trainer
 
-from tunewright import attention
+from tunewright import attention, ranks
 from tunewright.errors import OUT_OF_MEMORY, StageError
 from tunewright.lean import slim
 from tunewright.train import losses
@@ -45,6 +46,7 @@ class Steps(Trainer):
         `num_items_in_batch` is the number of targets of the step, on all devices: each counts the same, whichever bin
         or device it falls to. Where the memory does not suffice, the bins are made smaller and the step begins again.
         """
+        ranks.enter("assembling")
         rows: list[Row] = inputs["rows"]
         random_state, before = _random_state(), (self.right, self.said)
         while True:
@@ -67,10 +69,10 @@ class Steps(Trainer):
         """
         lengths = [len(row.ids) for row in rows]
         bins = into_bins(lengths, self.budget, layout=self.layout)
-        counted = len(bins)
+        counted = len(bins) if rows[0].counts else 0
         if self.is_fsdp_enabled:
             shortest = min(range(len(rows)), key=lengths.__getitem__)
-            bins += [[shortest]] * (int(max(gather(counted))) - counted)
+            bins += [[shortest]] * (int(max(gather(len(bins)))) - len(bins))
         total = torch.zeros((), device=self.args.device)
         for number, held in enumerate(bins, start=1):
             self.at_work = [rows[place] for place in held]
@@ -108,8 +110,30 @@ class Steps(Trainer):
 
         inner.get_input_embeddings().register_forward_hook(add_noise)
 
+    def get_batch_samples(self, *given: Any) -> Any:
+        ranks.enter("rows", step=self.state.global_step + 1)
+        return super().get_batch_samples(*given)
+
+    def _get_num_items_in_batch(self, *given: Any) -> Any:
+        ranks.enter("counting")
+        return super()._get_num_items_in_batch(*given)
+
+    def _get_dataloader(self, *given: Any, **options: Any) -> Any:
+        """As Trainer's, without Accelerate's sharing out of batches over the processes: `Rows` shares out each step's
+        rows, and repeats none in an epoch's last step."""
+        loader = super()._get_dataloader(*given, **options)
+        if isinstance(shared := getattr(loader, "batch_sampler", None), BatchSamplerShard):
+            shared.num_processes, shared.process_index, shared.even_batches = 1, 0, False
+        return loader
+
+    def get_total_train_batch_size(self, args: Any) -> int:
+        """Rows of a step, of all processes together."""
+        return int(self._train_batch_size * args.gradient_accumulation_steps)
+
     def compute_loss(self, *given: Any, **options: Any) -> Any:
+        ranks.enter("forward")
         loss, outputs = super().compute_loss(*given, **options, return_outputs=True)
+        ranks.enter("backward")
         if not self.counts:
             return loss * 0.0
         targets = given[1]["labels" if self.layout == "plain" else "targets"]

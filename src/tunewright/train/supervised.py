@@ -6,7 +6,6 @@ One step of training is `steps.Steps.training_step`; read on from there.
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Sequence
 from typing import Any
 
@@ -26,7 +25,7 @@ from tunewright.train.exact import Exact
 from tunewright.train.frozen import Lower
 from tunewright.train.sharded import Sharded
 from tunewright.train.steps import Steps, settle
-from tunewright.train.together import gather, is_first
+from tunewright.train.together import gather, is_first, place
 from tunewright.train.weights import Base, trainable
 
 
@@ -46,10 +45,9 @@ def fit(run: Run, tracker: Tracker) -> None:
     rows = _rows(run, "train", tokenizer)
     validation = _rows(run, "validation", tokenizer) if recipe.data.validation else None
     together = recipe.train.batch_size * recipe.train.gradient_accumulation_steps
-    of_all = together * int(os.environ.get("WORLD_SIZE", 1))
-    if recipe.train.dataloader_drop_last and len(rows) < of_all:
+    if recipe.train.dataloader_drop_last and len(rows) < together:
         raise DataError(
-            f"{len(rows)} training rows do not fill one step of {of_all}, and train.dataloader_drop_last leaves out "
+            f"{len(rows)} training rows do not fill one step of {together}, and train.dataloader_drop_last leaves out "
             "what does not; lower train.batch_size or train.gradient_accumulation_steps"
         )
     arguments = exact.arguments(
@@ -195,4 +193,4 @@ def _rows(run: Run, split: str, tokenizer: Any) -> Rows:
     store = prepare.stored(run, split, tokenizer)
     if not store.targets.all():
         raise DataError(f"{run.data_file(split)}: a row has no token to learn from; prepare the data again")
-    return Rows(store)
+    return Rows(store, *place())
