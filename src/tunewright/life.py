@@ -204,7 +204,12 @@ def check(recipe: Recipe, stages: Iterable[str] = STAGES) -> Checked:
         ref = models.find(recipe.model, recipe.revision)
         tokenizer = models.load_tokenizer(ref)
         equipment = chat.equip(tokenizer)
-        data = prepare.assemble(recipe, ref, tokenizer, equipment)
+        if unread := _tables_elsewhere(recipe):
+            data = prepare.unread(recipe, ref)
+            said = f"the rows of {', '.join(unread)} are looked at in prepare, where Spark is; the plan does not count them"
+            problems.append(Problem(said, "warning"))
+        else:
+            data = prepare.assemble(recipe, ref, tokenizer, equipment)
     except errors.UserError as error:
         problems.append(Problem(str(error)))
     return Checked(problems, ref, data, equipment)
@@ -293,6 +298,16 @@ def resolve(recipe: Recipe, checked: Checked, runs: Path) -> dict[str, Any]:
         "platform": platform.platform(),
         "source_commit": _source_commit(),
     }
+
+
+def _tables_elsewhere(recipe: Recipe) -> list[str]:
+    """The recipe's tables that its backend reads, and this machine does not."""
+    try:
+        backend = backends.backend(recipe)
+    except RecipeError:  # reported by its own check
+        return []
+    given = [source for split in prepare.SPLITS for source in getattr(recipe.data, split) or ()]
+    return [one for one in given if sources.is_table(one)] if isinstance(backend, backends.Elsewhere) else []
 
 
 def _device(recipe: Recipe) -> str:

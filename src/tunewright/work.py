@@ -163,8 +163,24 @@ def _train_on_spark(run: Run) -> None:
         training.train(run, spark, session.asked(run), asked_to_stop)
 
 
+def _prepare_on_spark(run: Run) -> None:
+    from tunewright.spark import preparing, session
+
+    with session.opened(run, "prepare") as spark:
+        preparing.prepare(run, spark, session.asked(run))
+
+
+def _evaluate_on_spark(run: Run) -> None:
+    from tunewright.spark import scoring, session
+
+    with session.opened(run, "evaluate") as spark:
+        scoring.evaluate(run, spark, session.asked(run))
+
+
 ON_SPARK: dict[str, Callable[[Run], None]] = {
+    "prepare": _prepare_on_spark,
     "train": _train_on_spark,
+    "evaluate": _evaluate_on_spark,
 }
 """Stages as Spark jobs; the others run in this process, the driver."""
 

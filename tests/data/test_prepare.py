@@ -214,7 +214,7 @@ def test_a_tenth_is_held_out_where_no_test_set_is_named(build: Build) -> None:
 
 
 def side(row: dict[str, Any], seed: int = 42) -> bool:
-    return prepare._held_out(prepare.Row("anywhere", row), 0.3, seed)
+    return prepare.held_out(prepare.Row("anywhere", row), 0.3, seed)
 
 
 ROWS = st.dictionaries(st.text(max_size=4), st.text(max_size=4) | st.integers() | st.none() | st.floats(), max_size=3)

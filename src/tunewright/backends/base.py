@@ -116,7 +116,7 @@ class Serves(Protocol):
 
 @runtime_checkable
 class Elsewhere(Protocol):
-    """The extra of backends whose stages compute on other machines."""
+    """The extra of backends whose stages compute on other machines, with Spark at hand: they read its tables too."""
 
     def device(self, recipe: Recipe) -> str | None:
         """cpu or cuda: what is trained on there; None where it is this machine."""

@@ -5,6 +5,7 @@ In memory are only how often each kind occurs and the first of each kind.
 
 from __future__ import annotations
 
+import io
 import json
 import shutil
 import tempfile
@@ -65,6 +66,33 @@ class Findings:
         here.counts[finding.kind] += 1
         if here.counts[finding.kind] <= FIRST:
             here.first.append(finding)
+
+    def part(self, section: Hashable) -> tuple[bytes, Counter[tuple[str, str, str]], list[Finding]]:
+        """A section as a part of a split has it, for `absorb`: its lines, how many of each kind, the first of each."""
+        here = self.sections[section]
+        lines = b""
+        if here.lines is not None:
+            here.lines.seek(0)
+            lines = here.lines.read()
+        return lines, here.counts, here.first
+
+    def absorb(
+        self, section: Hashable, lines: Path | bytes, counts: Counter[tuple[str, str, str]], first: Sequence[Finding]
+    ) -> None:
+        """Add the findings of a part, behind those that are there; `lines` may be the file that holds them."""
+        here = self.sections[section]
+        if not counts:
+            return
+        if here.lines is None:
+            here.lines = tempfile.SpooledTemporaryFile(IN_MEMORY_BYTES)  # noqa: SIM115 - closed with this object
+            weakref.finalize(self, here.lines.close)
+        with io.BytesIO(lines) if isinstance(lines, bytes) else lines.open("rb") as given:
+            shutil.copyfileobj(given, here.lines)
+        for finding in first:
+            there = sum(one.kind == finding.kind for one in here.first)
+            if there < FIRST:
+                here.first.append(finding)
+        here.counts.update(counts)
 
     def __len__(self) -> int:
         return sum(self.counts.values())

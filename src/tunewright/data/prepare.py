@@ -17,7 +17,7 @@ from collections import Counter, deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import Any, BinaryIO, TypeVar
 
 import numpy as np
 
@@ -26,7 +26,7 @@ from tunewright.chat import Clipped, Equipment, Example
 from tunewright.data import shapes, sources, tokens
 from tunewright.data.findings import Finding, Findings
 from tunewright.data.sources import Broken, Row, Rows, Table
-from tunewright.data.tokens import TokenStore
+from tunewright.data.tokens import TokenStore, TokenWriter
 from tunewright.errors import DataError, RunError
 from tunewright.models import ModelRef
 from tunewright.recipe import Recipe
@@ -35,6 +35,8 @@ from tunewright.run import Run, read_json_lines, replacing, write_json
 SPLITS = ("train", "test", "validation")
 STEPS = ("shape", "labels", "fit")
 """What is looked at in a split's rows. The findings of one step stand together, before those of the next."""
+COMPARED = ("train", "test")
+"""Splits that are looked through for the same texts."""
 MIN_PRETRAINING_TOKENS = 2
 BLOCK_ROWS, BLOCK_CHARACTERS = 256, 2**20
 """Rows that are tokenised together: at most so many, and about so many characters."""
@@ -105,57 +107,125 @@ def assemble(
         DataError: nothing can be read, a row is broken (unless `data.bad_rows: skip`), a split ends up empty, the test
             set holds an unknown label, or all training rows have one class.
     """
+    max_length = room(recipe, ref)
+    tables, notes = _tables(recipe)
+    result = Assembled(sections(tables), max_length=max_length)
+    total = sum(len(table.rows) for table in tables.values())
+    done = 0
+    limits: dict[str, int] = {}
+    seen = Seen()
+    for split, table in tables.items():
+        shape = shapes.recognise(recipe, (row for row in table.rows if isinstance(row, Row)), table.classes)
+        if split == "train" and recipe.task == "classification":
+            result.labels = _labels(recipe, table, shape)
+            limits = label_limits(result.labels, ref, tokenizer, equipment, max_length)
+        rules = Rules(recipe, split, result.labels, limits, max_length)
+        kept = Kept(max_length if recipe.task == "pretraining" else None)
+        with _writer(run, split, max_length) as put:
+            used = sift(rules, shape, table.rows, tokenizer, result.findings, kept)
+            with contextlib.closing(used) as fit:
+                for number, fitted in enumerate(fit, start=1):
+                    if fitted is not None:
+                        seen.add(split, fitted[0])
+                        put(*fitted)
+                    if progress and number % PROGRESS_ROWS == 0:
+                        progress(done + number, total)
+        done += len(table.rows)
+        close_split(result, rules, table, kept, tokenizer, equipment)
+    for note in notes:
+        result.findings.add("notes", note)
+    for finding in seen.findings():
+        result.findings.add("seen", finding)
+    return result
+
+
+def room(recipe: Recipe, ref: ModelRef) -> int:
+    """Tokens that a row may have, the drawn answer included.
+
+    Raises:
+        DataError: the answer leaves too few for a prompt.
+    """
     max_length = ref.max_length(recipe.train.max_length)
     if max_length - recipe.answer_room < MIN_PROMPT_TOKENS:
         raise DataError(
             f"train.grpo.max_completion_length is {recipe.answer_room} of the {max_length} tokens of train.max_length, "
             f"which leaves fewer than {MIN_PROMPT_TOKENS} for a prompt; set it lower"
         )
-    tables, notes = _tables(recipe)
-    sections = [(split, step) for split in tables for step in STEPS]
-    result = Assembled(Findings([*sections, "notes", "seen"]), max_length=max_length)
-    total = sum(len(table.rows) for table in tables.values())
-    done = 0
-    limits: dict[str, int] = {}
-    seen = _Seen()
-    for split, table in tables.items():
-        shape = shapes.recognise(recipe, (row for row in table.rows if isinstance(row, Row)), table.classes)
-        if split == "train" and recipe.task == "classification":
-            result.labels = _labels(recipe, table, shape)
-            limits = _limits(result.labels, ref, tokenizer, equipment, max_length)
-        account: dict[str, Any] = {
-            "source": [sources.displayed(name) for name in table.names],
-            "read": len(table.rows),
-            "rejected": 0,
-            "truncated": 0,
-            "tokens_cut": 0,
-        }
-        room = max_length - recipe.answer_room
-        judge = _Judge(recipe, split, result.findings, account, result.labels, limits, room)
-        kept = _Kept(max_length if recipe.task == "pretraining" else None)
-        known = judge.known(judge.shaped(shape, table.rows))
-        with _writer(run, split, max_length) as put, contextlib.closing(_clipped(tokenizer, known, judge.limit)) as fit:
-            for number, (limit, clipped) in enumerate(fit, start=1):
-                fitted = judge.fitted(limit, clipped)
-                if fitted is not None:
-                    kept.add(*fitted)
-                    seen.add(split, fitted[0])
-                    put(*fitted)
-                if progress and number % PROGRESS_ROWS == 0:
-                    progress(done + number, total)
-        done += len(table.rows)
-        result.splits[split] = account | kept.account()
-        _stop_where_broken(recipe, split, result.findings)
-        _stop_where_empty(split, result)
-        if result.labels is not None:
-            if split == "train":
-                result.labels = _learnable(recipe, table, result.labels, kept.labels)
-            result.splits[split]["labels"] = {label: kept.labels[label] for label in result.labels}
-            result.splits[split]["label_nodes"] = _label_nodes(result.labels, tokenizer, equipment)
-    for note in notes:
-        result.findings.add("notes", note)
-    for finding in seen.findings():
-        result.findings.add("seen", finding)
+    return max_length
+
+
+def sections(splits: Iterable[str]) -> Findings:
+    """No findings yet, and the order that they will stand in."""
+    return Findings([*((split, step) for split in splits for step in STEPS), "notes", "seen"])
+
+
+@dataclass(frozen=True)
+class Rules:
+    """What decides over the rows of one split."""
+
+    recipe: Recipe
+    split: str
+    labels: list[str] | None
+    limits: dict[str, int]
+    """For each label, how many tokens its rows may have."""
+    max_length: int
+
+
+def sift(
+    rules: Rules,
+    shape: shapes.Shape | None,
+    rows: Iterable[Row | Broken],
+    tokenizer: Any,
+    findings: Findings,
+    kept: Kept,
+    *,
+    threads: int | None = None,
+) -> Generator[tuple[Example, chat.Rendering] | None, None, None]:
+    """Rows of a split, or of a part of it, into examples and their renderings, in their order; None for each that turns
+    out to be unusable once it is rendered. What is left out is noted in `findings`, what is used is counted in `kept`.
+    """
+    judge = _Judge(rules, findings, kept)
+    known = judge.known(judge.shaped(shape, rows))
+    with contextlib.closing(_clipped(tokenizer, known, judge.limit, threads)) as fit:
+        for limit, clipped in fit:
+            fitted = judge.fitted(limit, clipped)
+            if fitted is not None:
+                kept.add(*fitted)
+            yield fitted
+
+
+def close_split(
+    result: Assembled, rules: Rules, table: Table, kept: Kept, tokenizer: Any, equipment: Equipment
+) -> None:
+    """Enter a split's account, once all its rows are through.
+
+    Raises:
+        DataError: a row is broken, none is usable, or there is one class alone.
+    """
+    split = rules.split
+    account = {"source": [sources.displayed(name) for name in table.names], "read": len(table.rows)}
+    result.splits[split] = account | kept.account()
+    _stop_where_broken(rules.recipe, split, result.findings)
+    _stop_where_empty(split, result)
+    if result.labels is not None:
+        if split == "train":
+            result.labels = _learnable(rules.recipe, table, result.labels, kept.labels)
+        result.splits[split]["labels"] = {label: kept.labels[label] for label in result.labels}
+        result.splits[split]["label_nodes"] = _label_nodes(result.labels, tokenizer, equipment)
+
+
+def unread(recipe: Recipe, ref: ModelRef) -> Assembled:
+    """An account of data that cannot be read here: rows of the greatest length, as many as one step takes."""
+    max_length = room(recipe, ref)
+    step = recipe.train.batch_size * recipe.train.gradient_accumulation_steps
+    length = {"min": 0, "median": float(max_length), "mean": float(max_length), "p95": max_length, "max": max_length}
+    splits = [split for split in SPLITS if getattr(recipe.data, split) is not None]
+    if "test" not in splits and recipe.data.split.test:
+        splits.insert(1, "test")
+    facts = {"read": 0, "rejected": 0, "truncated": 0, "tokens_cut": 0, "used": 0, "sequences": step, "unread": True}
+    facts |= {"tokens": {"total": length, "answer": length, "sum": 0}, "sha256": "", "labels": {}}
+    result = Assembled(sections(splits), max_length=max_length)
+    result.splits = {split: {"source": list(getattr(recipe.data, split) or ())} | facts for split in splits}
     return result
 
 
@@ -240,16 +310,13 @@ def _tables(recipe: Recipe) -> tuple[dict[str, Table], list[Finding]]:
             raise DataError(f"data.{split}: {', '.join(table.names)} holds no rows")
     if "test" not in tables and data.split.test:
         whole = tables["train"]
-        sides = (_held_out(row, data.split.test, data.split.seed) for row in whole.rows)
+        sides = (held_out(row, data.split.test, data.split.seed) for row in whole.rows)
         held = np.fromiter(sides, dtype=bool, count=len(whole.rows))
         for split, side in (("train", False), ("test", True)):
             rows = sources.Some(whole.rows, np.flatnonzero(held == side))
             tables[split] = Table(whole.names, rows, whole.classes)
             if not len(rows):
-                raise DataError(
-                    f"data.train: {len(whole.rows)} rows are too few to hold out {data.split.test:.0%} for a test set; "
-                    "name data.test, or change data.split.test or data.split.seed"
-                )
+                raise DataError(too_few_to_hold_out(len(whole.rows), data.split.test))
     tables = {split: tables[split] for split in SPLITS if split in tables}
     notes = []
     for split, table in tables.items():
@@ -257,19 +324,23 @@ def _tables(recipe: Recipe) -> tuple[dict[str, Table], list[Finding]]:
         if limit is None:
             continue
         if limit > len(table.rows):
-            notes.append(
-                Finding(
-                    "limit_not_reached",
-                    "info",
-                    ", ".join(table.names),
-                    f"data.limit.{split} is {limit}, the data holds {len(table.rows)} rows; all are used",
-                    split,
-                )
-            )
+            notes.append(limit_not_reached(split, table.names, limit, len(table.rows)))
         order = shuffled(len(table.rows), data.limit.seed)[:limit]
         missed = np.setdiff1d(_broken(table.rows), order)
         tables[split] = Table(table.names, sources.Some(table.rows, np.append(order, missed)), table.classes)
     return tables, notes
+
+
+def too_few_to_hold_out(rows: int, share: float) -> str:
+    return (
+        f"data.train: {rows} rows are too few to hold out {share:.0%} for a test set; "
+        "name data.test, or change data.split.test or data.split.seed"
+    )
+
+
+def limit_not_reached(split: str, names: Sequence[str], limit: int, rows: int) -> Finding:
+    said = f"data.limit.{split} is {limit}, the data holds {rows} rows; all are used"
+    return Finding("limit_not_reached", "info", ", ".join(names), said, split)
 
 
 def _broken(rows: Rows) -> np.ndarray[Any, Any]:
@@ -278,7 +349,7 @@ def _broken(rows: Rows) -> np.ndarray[Any, Any]:
     return np.fromiter(found, dtype=np.int64)
 
 
-def _held_out(row: Row | Broken, share: float, seed: int) -> bool:
+def held_out(row: Row | Broken, share: float, seed: int) -> bool:
     """Whether a row belongs to the test set: a hash of what it says, so that equal rows share a side for ever."""
     if isinstance(row, Broken):
         return False
@@ -289,19 +360,32 @@ def _held_out(row: Row | Broken, share: float, seed: int) -> bool:
 
 def _labels(recipe: Recipe, table: Table, shape: shapes.Shape | None) -> list[str]:
     """The classes in their order: as declared, else as the training rows have them, sorted."""
+    declared = declared_labels(recipe, table)
+    return sorted_labels(labels_of(table.rows, shape)) if declared is None else declared
+
+
+def declared_labels(recipe: Recipe, table: Table) -> list[str] | None:
+    """The classes that the recipe or the data set names, None where neither does."""
     declared = recipe.data.labels
     if isinstance(declared, dict):
         return [declared[number] for number in sorted(declared)]
     words = declared or table.classes
-    if words is not None:
-        return list(words)
+    return None if words is None else list(words)
+
+
+def labels_of(rows: Iterable[Row | Broken], shape: shapes.Shape | None) -> set[str]:
+    """The classes of rows."""
     seen = set()
-    for row in table.rows:
+    for row in rows:
         if isinstance(row, Row):
             assert shape is not None
             with contextlib.suppress(shapes.Unusable):  # named when the rows are shaped
                 seen.add(str(shape.read(row).label))
-    return sorted(seen, key=_natural)
+    return seen
+
+
+def sorted_labels(labels: set[str]) -> list[str]:
+    return sorted(labels, key=_natural)
 
 
 def _natural(word: str) -> tuple[int, float, str]:
@@ -322,7 +406,7 @@ def _learnable(recipe: Recipe, table: Table, labels: list[str], counts: Counter[
     return labels if recipe.data.labels or table.classes else seen
 
 
-def _limits(
+def label_limits(
     labels: Sequence[str], ref: ModelRef, tokenizer: Any, equipment: Equipment, max_length: int
 ) -> dict[str, int]:
     """For each label, how long its rows may be: every label is scored behind every prompt, so the longest must fit
@@ -343,15 +427,11 @@ def _label_nodes(labels: Sequence[str], tokenizer: Any, equipment: Equipment) ->
 class _Judge:
     """Says which rows of a split are used, and notes down why the others are not."""
 
-    recipe: Recipe
-    split: str
+    rules: Rules
     findings: Findings
-    account: dict[str, Any]
-    labels: list[str] | None
-    limits: dict[str, int]
-    max_length: int
+    kept: Kept
 
-    def shaped(self, shape: shapes.Shape | None, rows: Rows) -> Iterator[Example]:
+    def shaped(self, shape: shapes.Shape | None, rows: Iterable[Row | Broken]) -> Iterator[Example]:
         """Rows into examples; each that cannot be one is a finding."""
         for row in rows:
             try:
@@ -366,23 +446,25 @@ class _Judge:
 
     def known(self, examples: Iterator[Example]) -> Iterator[Example]:
         """Refuse labels that training never showed."""
-        if self.labels is None:
+        labels = self.rules.labels
+        if labels is None:
             yield from examples
             return
-        known = set(self.labels)
+        known = set(labels)
         for example in examples:
             if example.label in known:
                 yield example
                 continue
             message = (
                 f"label {example.label!r} is not among the training rows' labels; "
-                f"{shapes.nearest(str(example.label), self.labels)} (use more training rows or name every class in "
+                f"{shapes.nearest(str(example.label), labels)} (use more training rows or name every class in "
                 "data.labels)"
             )
             self.leave_out("labels", "unknown_label", "error", example.source, message)
 
     def limit(self, example: Example) -> int:
-        return self.limits.get(str(example.label), self.max_length)
+        room = self.rules.max_length - self.rules.recipe.answer_room
+        return self.rules.limits.get(str(example.label), room)
 
     def fitted(self, limit: int, clipped: tuple[Example, Clipped | DataError]) -> tuple[Example, chat.Rendering] | None:
         """The example within `limit` tokens and its rendering, or None where it is left out."""
@@ -394,12 +476,12 @@ class _Judge:
         assert isinstance(made, Clipped)
         assert made.example is not None
         if example.text is None and made.length > limit:
-            self.account["truncated"] += 1
-            self.account["tokens_cut"] += made.cut
+            self.kept.truncated += 1
+            self.kept.tokens_cut += made.cut
             answer = "" if example.item is not None else ", the answer is whole"
             message = f"{_over(made, limit)}: the end of the prompt was cut ({made.cut} tokens){answer}"
-            finding = Finding("over_length", "warning", example.source, message, self.split)
-            self.findings.add((self.split, "fit"), finding)
+            split = self.rules.split
+            self.findings.add((split, "fit"), Finding("over_length", "warning", example.source, message, split))
         return made.example, made.rendering
 
     def _against(self, limit: int, example: Example, made: Clipped | DataError) -> tuple[str, str, str] | None:
@@ -414,8 +496,8 @@ class _Judge:
             return "nothing_to_learn", "warning", "the chat template leaves no turn to learn: left out"
         if made.length <= limit:
             return None
-        if self.recipe.data.over_length != "truncate":
-            severity = "error" if self.recipe.data.over_length == "error" else "warning"
+        if self.rules.recipe.data.over_length != "truncate":
+            severity = "error" if self.rules.recipe.data.over_length == "error" else "warning"
             return "over_length", severity, f"{_over(made, limit)}: left out"
         if made.example is None:
             said = f"{_over(made, limit)}, and the answer alone does not fit: left out"
@@ -423,8 +505,9 @@ class _Judge:
         return None
 
     def leave_out(self, step: str, code: str, severity: str, where: str, message: str) -> None:
-        self.account["rejected"] += 1
-        self.findings.add((self.split, step), Finding(code, severity, where, message, self.split, rejected=True))
+        split = self.rules.split
+        self.kept.rejected += 1
+        self.findings.add((split, step), Finding(code, severity, where, message, split, rejected=True))
 
 
 def _over(made: Clipped, limit: int) -> str:
@@ -432,7 +515,7 @@ def _over(made: Clipped, limit: int) -> str:
 
 
 def _clipped(
-    tokenizer: Any, examples: Iterator[Example], limit: Callable[[Example], int]
+    tokenizer: Any, examples: Iterator[Example], limit: Callable[[Example], int], threads: int | None
 ) -> Generator[tuple[int, tuple[Example, Clipped | DataError]], None, None]:
     """Each example with its limit and what `chat.clip` makes of it, in their order; block by block, each block in a
     thread of its own, since the tokenizer lets go of the interpreter's lock."""
@@ -447,7 +530,7 @@ def _clipped(
             made = chat.clip_all(tokenizer, block, limits)
         return list(zip(limits, zip(block, made, strict=True), strict=True))
 
-    blocks = _side_by_side(work, _blocks(examples), _threads() if tokenizer.is_fast else 1)
+    blocks = _side_by_side(work, _blocks(examples), threads or (_threads() if tokenizer.is_fast else 1))
     with contextlib.closing(blocks):
         for block in blocks:
             yield from block
@@ -502,56 +585,93 @@ def _alone() -> Iterator[None]:
             os.environ[OWN_THREADS] = before
 
 
-class _Kept:
-    """Counts the rows that are used: lengths, classes, and the fingerprint of what they say."""
+class Kept:
+    """Counts the rows that are used (lengths, classes, the fingerprint of what they say) and those that are not. What
+    parts of a split count adds up to what the whole does."""
 
     def __init__(self, max_length: int | None) -> None:
         """`max_length` is where texts are cut in pieces; None where each row is one sequence."""
         self.max_length = max_length
-        self.totals, self.answers = array("i"), array("i")
+        self.rejected = self.truncated = self.tokens_cut = self.used = 0
+        self.totals: Counter[int] = Counter()
+        self.answers: Counter[int] = Counter()
+        """Length in tokens (all, and those that are learnt) -> rows of it."""
         self.labels: Counter[str | None] = Counter()
         self.digest = hashlib.sha256()
+        self.digests: bytearray | None = None
+        """Each row's own, where a part keeps them for the whole."""
 
     def add(self, example: Example, rendering: chat.Rendering) -> None:
-        self.totals.append(len(rendering.ids))
-        self.answers.append(rendering.num_targets)
+        self.used += 1
+        self.totals[len(rendering.ids)] += 1
+        self.answers[rendering.num_targets] += 1
         self.labels[example.label] += 1
         said = {key: value for key, value in example.to_dict().items() if key not in ("id", "source")}
-        self.digest.update(json.dumps(said, sort_keys=True, ensure_ascii=False).encode() + b"\n")
+        own = hashlib.sha256(json.dumps(said, sort_keys=True, ensure_ascii=False).encode()).digest()
+        self.digest.update(own)
+        if self.digests is not None:
+            self.digests += own
+
+    def counts(self) -> dict[str, Any]:
+        """What a part counted, for `merge`."""
+        names = ("rejected", "truncated", "tokens_cut", "used", "totals", "answers", "labels")
+        return {name: getattr(self, name) for name in names}
+
+    def merge(self, counts: dict[str, Any]) -> None:
+        """Add what a part counted (not its digests, which the whole is fed in order)."""
+        for name, value in counts.items():
+            if isinstance(value, int):
+                setattr(self, name, getattr(self, name) + value)
+            else:
+                getattr(self, name).update(value)
 
     def account(self) -> dict[str, Any]:
-        totals = np.array(self.totals, dtype=np.int64)
+        lengths = np.array(sorted(self.totals), dtype=np.int64)
+        rows = np.array([self.totals[length] for length in lengths.tolist()], dtype=np.int64)
+        pieces_of_all = (
+            self.used if self.max_length is None else int((_num_pieces(lengths, self.max_length) * rows).sum())
+        )
         return {
-            "used": len(totals),
-            "sequences": len(totals) if self.max_length is None else int(_num_pieces(totals, self.max_length).sum()),
+            "rejected": self.rejected,
+            "truncated": self.truncated,
+            "tokens_cut": self.tokens_cut,
+            "used": self.used,
+            "sequences": pieces_of_all,
             "tokens": {
-                "total": _distribution(totals),
-                "answer": _distribution(np.array(self.answers)),
-                "sum": int(totals.sum()),
+                "total": _distribution(self.totals),
+                "answer": _distribution(self.answers),
+                "sum": int((lengths * rows).sum()),
             },
             "sha256": self.digest.hexdigest(),
         }
 
 
-Put = Callable[[Example, chat.Rendering], None]
+Put = Callable[[Example, chat.Rendering], int]
 
 
 @contextlib.contextmanager
 def _writer(run: Run | None, split: str, max_length: int) -> Iterator[Put]:
     """Takes the rows that are used to the run's folder; without a run it lets them go."""
     if run is None:
-        yield lambda example, rendering: None
+        yield lambda example, rendering: 0
         return
     with replacing(run.data_file(split)) as file, tokens.writing(run, split) as store:
-        row, byte = 0, 0
+        yield putting(file, store, max_length)
 
-        def put(example: Example, rendering: chat.Rendering) -> None:
-            nonlocal row, byte
-            sequences = [rendering] if example.text is None else pieces(rendering, max_length)
-            store.add(sequences, row=row, byte=byte)
-            row, byte = row + 1, byte + file.write(_line(example))
 
-        yield put
+def putting(file: BinaryIO, store: TokenWriter, max_length: int) -> Put:
+    """Takes rows, one after another, into a file of JSON lines and their sequences into a store; gives the bytes that
+    the file has so far."""
+    row, byte = 0, 0
+
+    def put(example: Example, rendering: chat.Rendering) -> int:
+        nonlocal row, byte
+        sequences = [rendering] if example.text is None else pieces(rendering, max_length)
+        store.add(sequences, row=row, byte=byte)
+        row, byte = row + 1, byte + file.write(_line(example))
+        return byte
+
+    return put
 
 
 def _line(example: Example) -> bytes:
@@ -589,7 +709,7 @@ def _stop_where_empty(split: str, result: Assembled) -> None:
         raise DataError(f"data.{split}: no usable row in {names} ({why or 'it is empty'})")
 
 
-class _Seen:
+class Seen:
     """Finds test rows whose prompt stands in the training rows too: they make the test look better than it is.
 
     Of each row a hash of 8 bytes is kept, and its place: two different rows among a million have the same hash with a
@@ -597,8 +717,8 @@ class _Seen:
     """
 
     def __init__(self) -> None:
-        self.hashes = {split: array("Q") for split in ("train", "test")}
-        self.places = {split: _Places() for split in ("train", "test")}
+        self.hashes = {split: array("Q") for split in COMPARED}
+        self.places = {split: _Places() for split in COMPARED}
 
     def add(self, split: str, example: Example) -> None:
         if split not in self.hashes:
@@ -613,8 +733,11 @@ class _Seen:
         tested = np.array(self.hashes["test"], dtype=np.uint64)
         at = np.minimum(np.searchsorted(trained, tested), max(0, len(trained) - 1))
         for row in np.flatnonzero(trained[at] == tested) if len(trained) else ():
-            message = f"the same text is a training row: {self.places['train'][int(first[at[row]])]}"
-            yield Finding("seen_in_training", "warning", self.places["test"][int(row)], message, "test")
+            yield seen_in_training(self.places["test"][int(row)], self.places["train"][int(first[at[row]])])
+
+
+def seen_in_training(tested: str, trained: str) -> Finding:
+    return Finding("seen_in_training", "warning", tested, f"the same text is a training row: {trained}", "test")
 
 
 class _Places:
@@ -641,13 +764,26 @@ class _Places:
         return f"{name}{number}" if number >= 0 else name
 
 
-def _distribution(values: np.ndarray[Any, Any]) -> dict[str, float]:
-    if not len(values):
+def _distribution(counts: Counter[int]) -> dict[str, float]:
+    """Of so many values of each size, as NumPy has them of the values one by one."""
+    if not counts:
         return {}
+    values = np.array(sorted(counts), dtype=np.int64)
+    ends = np.cumsum([counts[value] for value in values.tolist()])
+    whole = int(ends[-1])
+
+    def at(share: float) -> float:
+        """The value at a share of the way, in between two by their distances (NumPy's `linear`)."""
+        place = share * (whole - 1)
+        low = int(place)
+        one, other = (float(values[np.searchsorted(ends, one, side="right")]) for one in (low, min(low + 1, whole - 1)))
+        part = place - low
+        return one + (other - one) * part if part < 0.5 else other - (other - one) * (1 - part)
+
     return {
-        "min": int(values.min()),
-        "median": float(np.median(values)),
-        "mean": round(float(values.mean()), 2),
-        "p95": float(np.percentile(values, 95)),
-        "max": int(values.max()),
+        "min": int(values[0]),
+        "median": at(0.5),
+        "mean": round(sum(value * count for value, count in counts.items()) / whole, 2),
+        "p95": at(0.95),
+        "max": int(values[-1]),
     }

@@ -40,6 +40,8 @@ class Shape:
     columns: dict[str, str]
     """Part of an example -> column."""
     read: Callable[[Row], Example]
+    first: Row | None = None
+    """The row that it was recognised by: from it, the same shape is recognised anywhere."""
 
 
 def recognise(recipe: Recipe, rows: Iterable[Row], classes: Sequence[str] | None) -> Shape | None:
@@ -90,7 +92,7 @@ def _shape(recipe: Recipe, first: Row, classes: Sequence[str] | None) -> Shape:
     for part, column in columns.items():
         if column not in first.fields and (part != "input" or data.input is not None):
             _missing(first, part, column)
-    return Shape(columns, reader)
+    return Shape(columns, reader, first)
 
 
 def _chat_columns(recipe: Recipe, first: Row) -> dict[str, str]:

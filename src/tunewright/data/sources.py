@@ -4,7 +4,7 @@ Rows are read as they are asked for and are never all in memory: `Rows` can be g
 of them in any order. A row that cannot be read is not skipped here and does not stop the reading: it comes back as a
 `Broken`.
 
-What is not covered: Spark tables; compressed files.
+What is not covered: tables that only Spark reads (`pieces` has Spark write them down); compressed files.
 """
 
 from __future__ import annotations
@@ -34,6 +34,8 @@ from tunewright.errors import DataError
 SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet", ".txt", ".md")
 STARTER = "starter:"
 """Before the name of a data file that ships with Tunewright: `starter:train.jsonl`."""
+TABLES = ("spark:", "delta:")
+"""Before the name of a table in Spark's catalog, and before the path of a Delta table."""
 TEXT_BLOCK = 2000
 """Characters after which a plain text file's block ends at the next blank line."""
 BOM = b"\xef\xbb\xbf"
@@ -45,6 +47,7 @@ KINDS = (
     ((list,), "a list"),
     ((dict,), "an object"),
 )
+_seen_from: Path | None = None
 BATCH = 1000
 """Rows of a hub data set or Parquet file that are read at once."""
 CHUNK = 2**18
@@ -113,9 +116,14 @@ class Table:
     """Names of the classes, where the data set declares them."""
 
 
+def is_table(source: str) -> bool:
+    """Whether a recipe's source names a table that only Spark reads."""
+    return source.startswith(TABLES)
+
+
 def is_file(source: str) -> bool:
-    """Whether a recipe's source names files rather than a hub data set."""
-    return (
+    """Whether a recipe's source names files rather than a hub data set or a table."""
+    return not is_table(source) and (
         source.startswith(STARTER)
         or source.lower().endswith(SUFFIXES)
         or source.startswith(("/", "./", "../", "~"))
@@ -126,9 +134,11 @@ def is_file(source: str) -> bool:
 
 def absolute(source: str, folder: Path) -> str:
     """A file source as an absolute path: as it stands from here, else from the recipe's folder."""
+    if source.startswith((STARTER, *TABLES)):
+        return source
     path = Path(source).expanduser()
-    if source.startswith(STARTER) or path.is_absolute():
-        return source if source.startswith(STARTER) else str(path)
+    if path.is_absolute():
+        return str(path)
     folder = folder.absolute()
     for here in (Path.cwd(), folder):
         if os.path.exists(here / path):
@@ -152,10 +162,12 @@ def read(sources: Sequence[str], key: str, *, label: str | None = None) -> Table
     parts: list[Rows] = []
     classes: tuple[str, ...] | None = None
     for source in sources:
+        if is_table(source):
+            raise DataError(f"{key}: {source}: only Spark reads such a table; set backend.kind: spark or databricks")
         if is_file(source):
-            parts += [READERS.get(path.suffix.lower(), _File)(path) for path in files(source, key)]
+            parts += [READERS.get(path.suffix.lower(), File)(path) for path in files(source, key)]
         else:
-            dataset = _load_hub(source, key)
+            dataset = load_hub(source, key)
             parts.append(_HubRows(source, dataset))
             feature: Any = dataset.features.get(label) if label else None
             classes = tuple(feature.names) if hasattr(feature, "names") else classes
@@ -222,9 +234,15 @@ def fingerprint(sources: Sequence[str], key: str) -> str:
 def shown(path: Path) -> str:
     """A path as a person here would type it."""
     try:
-        return str(path.absolute().relative_to(Path.cwd()))
+        return str(path.absolute().relative_to(_seen_from or Path.cwd()))
     except ValueError:
         return str(path)
+
+
+def see_from(folder: Path) -> None:
+    """Name files as they are seen from a folder: where rows are read for somebody who is elsewhere."""
+    global _seen_from
+    _seen_from = folder
 
 
 def _is_data(path: Path) -> bool:
@@ -240,7 +258,7 @@ def kind(value: Any) -> str:
 
 def displayed(source: str) -> str:
     """A recipe's source as a person here would type it."""
-    return source if source.startswith(STARTER) or not is_file(source) else shown(Path(source))
+    return source if source.startswith((STARTER, *TABLES)) or not is_file(source) else shown(Path(source))
 
 
 def _starter(source: str, key: str) -> Path:
@@ -276,7 +294,7 @@ class _Joined(Rows):
         return (next(picked[owner]) for owner in owners)
 
 
-class _File(Rows):
+class File(Rows):
     """The rows of a file that is read from its beginning."""
 
     def __init__(self, path: Path) -> None:
@@ -285,7 +303,7 @@ class _File(Rows):
     @functools.cached_property
     def size(self) -> int:
         if self.path.suffix.lower() == ".parquet":
-            return sum(batch.num_rows for batch in _parquet_batches(self.path))
+            return sum(batch.num_rows for batch in parquet_batches(self.path))
         return sum(1 for _ in self)
 
     def __len__(self) -> int:
@@ -302,7 +320,7 @@ class _File(Rows):
         return found if (np.diff(chosen) > 0).all() else _ordered(found, chosen)
 
 
-class _JsonLines(_File):
+class _JsonLines(File):
     """A file of JSON lines, in which the place of each line is found once and then jumped to."""
 
     @functools.cached_property
@@ -328,7 +346,7 @@ class _JsonLines(_File):
                 yield _json_line(f"{name}:{number}", _without_ends(file.readline(), number))
 
 
-class _JsonFile(_File):
+class _JsonFile(File):
     """A .json file; a list is read item by item, once it is known to be one."""
 
     @functools.cached_property
@@ -349,7 +367,7 @@ class _JsonFile(_File):
             yield _json_row(f"{name}:item {number}", value, text.encode())
 
 
-READERS: dict[str, type[_File]] = {".jsonl": _JsonLines, ".ndjson": _JsonLines, ".json": _JsonFile}
+READERS: dict[str, type[File]] = {".jsonl": _JsonLines, ".ndjson": _JsonLines, ".json": _JsonFile}
 
 
 def _ordered(found: Iterator[Row | Broken], chosen: np.ndarray[Any, Any]) -> Iterator[Row | Broken]:
@@ -390,6 +408,36 @@ def _lines(path: Path) -> Iterator[tuple[int, int, bytes]]:
             if line and not line.isspace():
                 yield start, number, line
             start += len(raw)
+
+
+def rows_between(path: Path, start: int, stop: int, number: int) -> Iterator[Row | Broken]:
+    """The rows of a JSON-lines file whose lines begin in a range of bytes; the first of these lines is `number`."""
+    name = shown(path)
+    for line_number, line in enumerate(_lines_between(path, start, stop), start=number):
+        said = _without_ends(line, line_number)
+        if said and not said.isspace():
+            yield _json_line(f"{name}:{line_number}", said)
+
+
+def count_between(path: Path, start: int, stop: int) -> tuple[int, int]:
+    """How many lines begin in a range of bytes, and how many of them say something."""
+    lines = rows = 0
+    for line in _lines_between(path, start, stop):
+        lines += 1
+        said = _without_ends(line, 1 if start == 0 and lines == 1 else 2)
+        rows += bool(said) and not said.isspace()
+    return lines, rows
+
+
+def _lines_between(path: Path, start: int, stop: int) -> Iterator[bytes]:
+    with path.open("rb") as file:
+        if start:  # what begins before the range belongs to the range before
+            file.seek(start - 1)
+            file.readline()
+        at = file.tell()
+        while at < stop and (line := file.readline()):
+            yield line
+            at += len(line)
 
 
 def _without_ends(raw: bytes, number: int) -> bytes:
@@ -540,20 +588,20 @@ def _read_delimited(path: Path, delimiter: str) -> Iterator[Row | Broken]:
 
 def _read_parquet(path: Path) -> Iterator[Row]:
     name, number = shown(path), 0
-    for batch in _parquet_batches(path):
+    for batch in parquet_batches(path):
         for fields in batch.to_pylist():
             number += 1
             yield Row(f"{name}:row {number}", fields)
 
 
-def _parquet_batches(path: Path) -> Iterator[Any]:
+def parquet_batches(path: Path, row_groups: Sequence[int] | None = None) -> Iterator[Any]:
     import pyarrow
     from pyarrow import parquet
 
     number = 0
     try:
         with parquet.ParquetFile(path) as table:
-            for batch in table.iter_batches(BATCH):
+            for batch in table.iter_batches(BATCH, row_groups=row_groups):
                 yield batch
                 number += batch.num_rows
     except (pyarrow.ArrowException, OSError) as error:
@@ -632,7 +680,7 @@ class _HubRows(Rows):
                 yield Row(f"{self.source}:row {number + 1}", dict(zip(columns, values, strict=True)))
 
 
-def _load_hub(source: str, key: str) -> Any:
+def load_hub(source: str, key: str) -> Any:
     """`name:split` or `name:config:split`; name may have an owner (`owner/name:split`)."""
     parts = HUB.fullmatch(source)
     if not parts:

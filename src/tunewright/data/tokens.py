@@ -17,8 +17,10 @@ import contextlib
 import hashlib
 import json
 import operator
+import shutil
 from array import array
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, overload
 
@@ -100,10 +102,11 @@ class TokenStore(Sequence[Rendering]):
 class TokenWriter:
     """Writes a split's sequences as they come. `writing` makes one."""
 
-    def __init__(self, tokens: BinaryIO, mask: BinaryIO, sequences: BinaryIO) -> None:
+    def __init__(self, tokens: BinaryIO, mask: BinaryIO, sequences: BinaryIO, *, headers: bool = True) -> None:
+        """Without headers it writes a part, which `join` puts behind others."""
         self.files: list[tuple[BinaryIO, np.dtype[Any]]] = [(tokens, IDS), (mask, MASK), (sequences, SEQUENCE)]
         self.end = self.count = 0
-        for file, dtype in self.files:
+        for file, dtype in self.files if headers else ():
             _write_header(file, dtype, 0)
 
     def add(self, sequences: Sequence[Rendering], *, row: int, byte: int) -> None:
@@ -138,6 +141,63 @@ def writing(run: Run, split: str) -> Iterator[TokenWriter]:
         writer = TokenWriter(tokens, mask, sequences)
         yield writer
         writer.finish()
+
+
+@dataclass(frozen=True)
+class Part:
+    """Some of a split's rows, on disk without headers, each file's numbers counted from the part's own beginning."""
+
+    rows: Path
+    tokens: Path
+    mask: Path
+    sequences: Path
+    num_rows: int
+    num_tokens: int
+    num_sequences: int
+    num_bytes: int
+    """Of `rows`."""
+
+
+def join(run: Run, split: str, parts: Sequence[Part]) -> None:
+    """The files of a split from its parts, one behind another. What is written is written from front to end, since some
+    mounts of object stores allow nothing else; in memory is one part's table of sequences.
+
+    Raises:
+        DiskFullError: no space left.
+        RunError: a part is not what its task said, or the folder cannot be written.
+    """
+    num_tokens, num_sequences = (sum(getattr(part, name) for part in parts) for name in ("num_tokens", "num_sequences"))
+    for part in parts:
+        sizes = (part.num_bytes, part.num_tokens * 4, part.num_tokens, part.num_sequences * SEQUENCE.itemsize)
+        for path, size in zip((part.rows, part.tokens, part.mask, part.sequences), sizes, strict=True):
+            if not path.is_file() or path.stat().st_size != size:
+                raise RunError(
+                    f"{path}: not the {size} bytes that its task wrote; is it on storage that all see alike?"
+                )
+    with replacing(run.data_file(split)) as file:
+        _append(file, [part.rows for part in parts])
+    for name, dtype, paths in (
+        ("tokens", IDS, [part.tokens for part in parts]),
+        ("mask", MASK, [part.mask for part in parts]),
+    ):
+        with replacing(run.tokens_file(split, "tokens" if name == "tokens" else "mask")) as file:
+            _write_header(file, dtype, num_tokens)
+            _append(file, paths)
+    end = row = byte = 0
+    with replacing(run.tokens_file(split, "sequences")) as file:
+        _write_header(file, SEQUENCE, num_sequences)
+        for part in parts:
+            table = np.fromfile(part.sequences, dtype=SEQUENCE)
+            for key, before in (("end", end), ("row", row), ("byte", byte)):
+                table[key] += before
+            file.write(table.tobytes())
+            end, row, byte = end + part.num_tokens, row + part.num_rows, byte + part.num_bytes
+
+
+def _append(file: BinaryIO, paths: Sequence[Path]) -> None:
+    for path in paths:
+        with path.open("rb") as part:
+            shutil.copyfileobj(part, file, 2**20)
 
 
 def made_by(tokenizer: Any) -> dict[str, str]:

@@ -36,11 +36,15 @@ PER_ROW = ("prompt_tokens", "chosen_logp", "rejected_logp", "chosen_tokens", "re
 """What else is written for each row."""
 Answers = dict[str, dict[str, Any]]
 """Model -> what it answered, column by column (one value for each row)."""
+Progress = Callable[[int, int], None]
+Ask = Callable[[str, Sequence[Example], Progress], dict[str, Any]]
+"""Puts rows to a model (`tuned` or `base`); gives its answers, column by column."""
 
 
-def evaluate(run: Run, tracker: Tracker) -> None:
-    """The stage: answers, metrics, comparison, report; evaluate/report.json is written last. Where no rows were held
-    out there is nothing to measure on, and report.json says no more than that."""
+def evaluate(run: Run, tracker: Tracker, ask: Ask | None = None) -> None:
+    """The stage: answers, metrics, comparison, report; evaluate/report.json is written last. The models are asked in
+    this process unless `ask` is given. Where no rows were held out there is nothing to measure on, and report.json says
+    no more than that."""
     recipe = run.recipe()
     checks = run.manifest("prepare")
     if not recipe.data.holds_out:
@@ -49,7 +53,7 @@ def evaluate(run: Run, tracker: Tracker) -> None:
         return
     test = prepare.examples(run, "test")
     labels: list[str] | None = checks["labels"]
-    answers = _answers(run, recipe, test, labels)
+    answers = _answers(run, recipe, test, labels, ask or Asked(run))
     measured = _measure(recipe, test, answers, labels)
     _write_predictions(run, recipe, test, answers, labels)
     body = _report(run, recipe, checks, test, answers, labels, measured)
@@ -82,29 +86,46 @@ def tuned_model(run: Run, recipe: Recipe, ref: ModelRef, tokenizer: Any) -> Any:
     return models.merge(base, trained)
 
 
-def _answers(run: Run, recipe: Recipe, test: Sequence[Example], labels: list[str] | None) -> Answers:
-    ref = ModelRef.from_dict(run.resolved()["model"])
-    tokenizer = models.load_tokenizer(ref)
-    equipment = chat.equip(tokenizer)
+class Asked:
+    """The models of a run in this process, one at a time: asking another lets go of the one before."""
+
+    def __init__(self, run: Run) -> None:
+        self.run, self.recipe = run, run.recipe()
+        self.ref = ModelRef.from_dict(run.resolved()["model"])
+        self.labels: list[str] | None = run.manifest("prepare")["labels"]
+        self.max_length: int = run.resolved()["max_length"]
+        self.tokenizer = models.load_tokenizer(self.ref)
+        self.equipment = chat.equip(self.tokenizer)
+        self.name = ""
+        self.completer: LocalCompleter | None = None
+
+    def __call__(self, name: str, rows: Sequence[Example], progress: Progress) -> dict[str, Any]:
+        if self.name != name:
+            self.completer = None  # else both models are in memory at once
+            self.completer, self.name = self._load(name), name
+        assert self.completer is not None
+        return _ask(self.recipe, self.completer, rows, self.labels, self.max_length, progress)
+
+    def _load(self, name: str) -> LocalCompleter:
+        if name == "tuned":
+            model = tuned_model(self.run, self.recipe, self.ref, self.tokenizer)
+        else:
+            model = models.load_model(self.ref, device=self.run.resolved()["device"])
+            models.grow(model, len(self.tokenizer))
+        return LocalCompleter(model, self.tokenizer, self.equipment, batch_rows=self.recipe.evaluate.batch_size)
+
+
+def _answers(run: Run, recipe: Recipe, test: Sequence[Example], labels: list[str] | None, ask: Ask) -> Answers:
     train = prepare.examples(run, "train") if recipe.task == "classification" or "few-shot" in recipe.baselines else []
     asked = ["tuned", "base", *(["few-shot"] if "few-shot" in recipe.baselines else [])]
     answers: Answers = {}
-    model: Any = None
-    completer: Any = None
     for number, name in enumerate(asked):
 
         def progress(done: int, total: int, name: str = name, number: int = number) -> None:
             run.set_progress("evaluate", number * total + done, len(asked) * total, name)
 
-        if name == "tuned":
-            model = tuned_model(run, recipe, ref, tokenizer)
-        elif name == "base":
-            model = completer = None  # else both models are in memory at once
-            model = models.load_model(ref, device=run.resolved()["device"])
-            models.grow(model, len(tokenizer))
-        completer = LocalCompleter(model, tokenizer, equipment, batch_rows=recipe.evaluate.batch_size)
-        rows = _with_shots(run, recipe, train, test, tokenizer, labels) if name == "few-shot" else list(test)
-        answers[name] = _ask(recipe, completer, rows, labels, run.resolved()["max_length"], progress)
+        rows = list(test) if name != "few-shot" else _with_shots(run, recipe, train, test, labels)
+        answers[name] = ask("tuned" if name == "tuned" else "base", rows, progress)
     if recipe.task == "preference":
         _compare_with_base(answers, recipe.train.dpo.beta)
     if labels is not None:
@@ -122,7 +143,7 @@ def _ask(
     test: Sequence[Example],
     labels: list[str] | None,
     max_length: int,
-    progress: Callable[[int, int], None],
+    progress: Progress,
 ) -> dict[str, Any]:
     """One model's answers to the test rows."""
     tokenizer = completer.tokenizer
@@ -236,8 +257,10 @@ def _written(completer: LocalCompleter, example: Example, turn: Rendering) -> st
 
 
 def _with_shots(
-    run: Run, recipe: Recipe, train: Sequence[Example], test: Sequence[Example], tokenizer: Any, labels: Any
+    run: Run, recipe: Recipe, train: Sequence[Example], test: Sequence[Example], labels: Any
 ) -> list[Example]:
+    tokenizer = models.load_tokenizer(ModelRef.from_dict(run.resolved()["model"]))
+    chat.equip(tokenizer)
     longest = max(len(chat.render(tokenizer, example.messages, example.tools).ids) for example in test)
     context = run.resolved()["model"]["context"] or models.DEFAULT_MAX_LENGTH
     answer = (

@@ -14,8 +14,9 @@ import re
 import shutil
 import sys
 import tempfile
+import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -34,7 +35,7 @@ PASSED_ON = re.compile(r"(HF_|HUGGINGFACE_|TRANSFORMERS_|TOKENIZERS_|MLFLOW_|DAT
 """Environment variables that executors get as this process has them."""
 PARTS = ("threads", "gpus", "partitions", "wait_s", "patience_s")
 """Settings that a session which is there already can still be given."""
-ROWS_OF_A_PART = 1000
+LOOK_S = 1.0
 NAMED = re.compile(r"(?:Caused by: |: )?((?:[\w.]+\.)?\w+(?:Error|Exception|Failure)\b.*)")
 """A line of a traceback that names an error."""
 JAVA = re.compile(r"(?:org|java|scala|py4j|io)\.|Py4J")
@@ -123,6 +124,30 @@ def compare(spark: SparkSession) -> list[dict[str, Any]]:
     return list({(one["host"], one["python"]): one for one in found}.values())
 
 
+@contextlib.contextmanager
+def followed(spark: SparkSession, job: str, parts: int, told: Callable[[int], None]) -> Iterator[None]:
+    """While the block runs a job, tell how many of its parts are done, about once a second."""
+    context = spark.sparkContext
+    over = threading.Event()
+
+    def look() -> None:
+        tracker = context.statusTracker()
+        while not over.wait(LOOK_S):
+            stages = [tracker.getStageInfo(stage) for stage in tracker.getActiveStageIds()]
+            of_it = [stage for stage in stages if stage is not None and stage.numTasks == parts]
+            if of_it:
+                told(of_it[-1].numCompletedTasks)
+
+    looking = threading.Thread(target=look, name="progress", daemon=True)
+    context.setJobDescription(job)
+    looking.start()
+    try:
+        yield
+    finally:
+        over.set()
+        looking.join()
+
+
 def refuse_other_storage(spark: SparkSession, run: Run) -> None:
     """Stop where an executor does not see the run folder.
 
@@ -178,11 +203,6 @@ def wait_for_slots(spark: SparkSession, needed: int, wait_s: float) -> None:
                 f"in {wait_s:g} s; lower it, add executors, or raise spark.cores.max"
             )
         time.sleep(0.2)
-
-
-def num_parts(spark: SparkSession, asked: Settings, rows: int) -> int:
-    """Parts for so many rows: as asked, else three for each slot, each of 1,000 rows at least."""
-    return asked.partitions or max(1, min(3 * num_slots(spark), rows // ROWS_OF_A_PART))
 
 
 def _defaults(asked: Settings, shared: Path | None) -> dict[str, str]:
