@@ -12,15 +12,17 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from tunewright.api import Life, open
+    from tunewright.batches import batch
     from tunewright.errors import TunewrightError
     from tunewright.recipe import Recipe
     from tunewright.run import Run
 
-__all__ = ["Life", "Recipe", "Run", "TunewrightError", "open"]
+__all__ = ["Life", "Recipe", "Run", "TunewrightError", "batch", "open"]
 
 _HOMES = {
     "Life": "tunewright.api",
     "open": "tunewright.api",
+    "batch": "tunewright.batches",
     "Recipe": "tunewright.recipe",
     "Run": "tunewright.run",
     "TunewrightError": "tunewright.errors",

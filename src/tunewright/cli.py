@@ -77,6 +77,11 @@ FilesOption = Annotated[
 DATA = Path("tunewright-data")
 
 
+class Where(enum.StrEnum):
+    local = "local"
+    spark = "spark"
+
+
 class LogFormat(enum.StrEnum):
     text = "text"
     json = "json"
@@ -236,6 +241,67 @@ def deploy(recipe: RecipeOrRun, runs: RunsOption = RUNS, sets: SetOption = None,
 def test(recipe: RecipeOrRun, runs: RunsOption = RUNS, sets: SetOption = None, again: AgainOption = False) -> None:
     """Ask the endpoint what was asked offline, and compare."""
     _stage("test", recipe, runs, sets, again)
+
+
+@app.command()
+def batch(
+    model: Annotated[Path, typer.Argument(metavar="MODEL", help="A run folder, its name, or a package folder.")],
+    inputs: Annotated[
+        list[str], typer.Argument(metavar="INPUT...", help="Files or globs; on Spark also spark:TABLE or delta:PATH.")
+    ],
+    output: Annotated[
+        Path, typer.Option("--output", "-o", help="A .jsonl or .parquet file, else a folder of Parquet files.")
+    ],
+    runs: RunsOption = RUNS,
+    text: Annotated[
+        str | None, typer.Option(help="The column to answer. Default: messages, text or prompt, whichever there is.")
+    ] = None,
+    messages: Annotated[str | None, typer.Option(help="The column of conversations to answer.")] = None,
+    max_new_tokens: Annotated[int | None, typer.Option(min=1, help="Longest answer of a model that writes.")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Only so many rows.")] = None,
+    batch_size: Annotated[int | None, typer.Option(min=1, help="Rows in a forward at most.")] = None,
+    backend: Annotated[Where, typer.Option(help="Where to answer.")] = Where.local,
+    master: Annotated[str | None, typer.Option(help="The Spark cluster, such as spark://host:7077.")] = None,
+    conf: Annotated[
+        list[str] | None, typer.Option("--conf", metavar="KEY=VALUE", help="A setting of Spark's own.")
+    ] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace an output that is there.")] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Answer every row of a file or table with a packaged model.
+
+    Each row comes out with its columns and `prediction`, or with `error` saying why it could not be used (then the exit
+    code is 2). Killed, the same command goes on where it stood.
+    """
+    from tunewright import batches, screen
+
+    if backend is Where.local and (master or conf):
+        raise errors.RecipeError("--master and --conf are for --backend spark")
+    spark: dict[str, Any] | None = None
+    if backend is Where.spark:
+        spark = {"master": master} if master else {}
+        spark["conf"] = dict(one.partition("=")[::2] for one in conf or ())
+    folder = next((one for one in (model, runs / model) if one.is_dir()), model)
+    with screen.Bar("batch") as bar:
+        summary = batches.batch(
+            folder,
+            inputs,
+            output,
+            text=text,
+            messages=messages,
+            max_new_tokens=max_new_tokens,
+            limit=limit,
+            batch_rows=batch_size,
+            spark=spark,
+            force=force,
+            progress=bar,
+        )
+    if as_json:
+        print(json.dumps(summary, indent=1))
+    else:
+        _say(batches.summary_line(summary))
+        print(summary["output"])
+    raise typer.Exit(errors.BAD_INPUT if summary["errors"] else errors.DONE)
 
 
 @app.command()

@@ -206,7 +206,8 @@ def check(recipe: Recipe, stages: Iterable[str] = STAGES) -> Checked:
         equipment = chat.equip(tokenizer)
         if unread := _tables_elsewhere(recipe):
             data = prepare.unread(recipe, ref)
-            said = f"the rows of {', '.join(unread)} are looked at in prepare, where Spark is; the plan does not count them"
+            names = ", ".join(unread)
+            said = f"the rows of {names} are looked at in prepare, where Spark is; the plan does not count them"
             problems.append(Problem(said, "warning"))
         else:
             data = prepare.assemble(recipe, ref, tokenizer, equipment)

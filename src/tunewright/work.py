@@ -12,6 +12,7 @@ import argparse
 import faulthandler
 import fcntl
 import os
+import shutil
 import signal
 import sys
 import traceback
@@ -20,7 +21,7 @@ from pathlib import Path
 
 from tunewright import ranks
 from tunewright.errors import FAULT, INTERRUPTED, DiskFullError, StageError, explained
-from tunewright.run import Run, write_json
+from tunewright.run import Run, read_json, write_json
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -28,6 +29,8 @@ def main(arguments: list[str] | None = None) -> int:
     arguments = sys.argv[1:] if arguments is None else arguments
     if arguments[:1] == ["engine"]:
         return engine(arguments[1:])
+    if arguments[:1] == ["batch"]:
+        return batch(Path(arguments[1]))
     parser = argparse.ArgumentParser(prog="python -m tunewright.work")
     parser.add_argument("stage", choices=[*STAGES, "serve"])
     parser.add_argument("run", type=Path)
@@ -88,6 +91,38 @@ def engine(arguments: list[str]) -> int:
             traceback.print_exc()
         print(known or f"{type(error).__name__}: {error}".splitlines()[0], file=sys.stderr, flush=True)
         return known.exit_code if known else FAULT
+    return 0
+
+
+def batch(folder: Path) -> int:
+    """Answer the batch that `asked.json` in a folder describes; progress, the summary or the failure go there too."""
+    said = read_json(folder / "asked.json")
+
+    def progress(done: int, total: int) -> None:
+        write_json(folder / "progress.json", {"done": done, "total": total}, durable=False)
+
+    try:
+        from tunewright.package import batch as batches
+
+        asked = batches.Asked(**said["asked"])
+        if said["spark"] is None:
+            summary = batches.answer_all(asked, progress)
+        else:
+            from tunewright.spark import batching, session
+            from tunewright.spark.settings import settings
+
+            shared = asked.parts.parent / f".{Path(asked.output).name}.tunewright"
+            try:
+                with session.session(settings(said["spark"]), f"tunewright batch {asked.output}", shared) as spark:
+                    summary = batching.answer(asked, spark, progress)
+            finally:
+                shutil.rmtree(shared, ignore_errors=True)
+        write_json(folder / "summary.json", summary)
+    except Exception as error:  # noqa: BLE001 - the edge of the process: everything is reported, nothing is hidden
+        traceback.print_exc()
+        known = explained(error) or StageError(f"batch failed: {type(error).__name__}: {str(error).splitlines()[:1]}")
+        write_json(folder / "failure.json", {"kind": type(known).__name__, "message": str(known)})
+        return known.exit_code
     return 0
 
 

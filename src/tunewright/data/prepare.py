@@ -222,7 +222,15 @@ def unread(recipe: Recipe, ref: ModelRef) -> Assembled:
     splits = [split for split in SPLITS if getattr(recipe.data, split) is not None]
     if "test" not in splits and recipe.data.split.test:
         splits.insert(1, "test")
-    facts = {"read": 0, "rejected": 0, "truncated": 0, "tokens_cut": 0, "used": 0, "sequences": step, "unread": True}
+    facts: dict[str, Any] = {
+        "read": 0,
+        "rejected": 0,
+        "truncated": 0,
+        "tokens_cut": 0,
+        "used": 0,
+        "sequences": step,
+        "unread": True,
+    }
     facts |= {"tokens": {"total": length, "answer": length, "sum": 0}, "sha256": "", "labels": {}}
     result = Assembled(sections(splits), max_length=max_length)
     result.splits = {split: {"source": list(getattr(recipe.data, split) or ())} | facts for split in splits}

@@ -6,6 +6,7 @@ by one rename. A part that is done is not done again, so a killed batch goes on 
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import shutil
@@ -65,6 +66,36 @@ class Share:
     rows: int
 
 
+def answer_all(asked: Asked, progress: Callable[[int, int], None]) -> dict[str, Any]:
+    """A whole batch, in this process; gives its summary.
+
+    Raises:
+        DataError: the input is absent, or of a kind that is not read.
+        RunError: there is no packaged model.
+    """
+
+    def plan(_: Path) -> list[Share]:
+        found = [piece for source in asked.inputs for piece in of_input(source)]
+        return shared_out(found, [pieces.count(piece) for piece in found], asked.limit)
+
+    @functools.cache
+    def load() -> Predictor:
+        return Predictor(Path(asked.package), max_new_tokens=asked.max_new_tokens, batch_rows=asked.batch_rows)
+
+    shares = begin(asked, plan)
+    rows = sum(share.rows for share in shares)
+    counts = {"rows": 0, "errors": 0}
+    for share in shares:
+
+        def told(more: int, before: int = counts["rows"]) -> None:
+            progress(before + more, rows)
+
+        for key, count in answer(asked, share, load, told).items():
+            counts[key] += count
+        progress(counts["rows"], rows)
+    return finish(asked, shares, counts)
+
+
 def begin(asked: Asked, plan: Callable[[Path], list[Share]]) -> list[Share]:
     """The shares of a batch: those of its beginning, where it was begun before, since parts are named by them."""
     said = {
@@ -121,7 +152,7 @@ def answer(
             write_json(counted, counts)
         for key in total:
             total[key] += counts[key]
-        told(counts["rows"])
+        told(total["rows"])
     return total
 
 
@@ -151,6 +182,8 @@ def finish(asked: Asked, shares: Sequence[Share], counts: dict[str, int]) -> dic
                 shutil.rmtree(left) if left.is_dir() else left.unlink()
         write_json(folder / SUMMARY, summary)
         write_text(folder / DONE, "")
+        if output.is_dir():
+            shutil.rmtree(output)
         os.replace(folder, output)
     shutil.rmtree(folder, ignore_errors=True)
     return summary
