@@ -5,10 +5,11 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
-from tunewright.backends.base import Backend, Serves
-from tunewright.errors import EndpointError, RecipeError, StageError
+from tunewright.backends.base import Answers, Backend, Serves
+from tunewright.errors import EndpointError, RecipeError, StageError, TunewrightError
 from tunewright.recipe import Recipe
 from tunewright.run import Run, now, read_json_lines, write_json
 
@@ -53,15 +54,18 @@ def test(run: Run, backend: Backend, *, progress: Callable[[int, int], None] | N
     every = read_json_lines(run.data_file("test"))
     rows = [row for row in every if not _has_tools(row)][: recipe.deploy.test_rows] or [GREETING]
     offline = _offline(run)
-    client = openai.OpenAI(
-        base_url=endpoint["base_url"],
-        api_key=run.test_key_file.read_text().strip(),
-        max_retries=0,
-        timeout=120,
-        http_client=openai.DefaultHttpxClient(trust_env=False),
-    )
-    with client:
-        result = _ask(client, run, recipe, endpoint, rows, offline, progress)
+    if isinstance(backend, Answers):
+        result = _ask(partial(backend.answer, run), run, recipe, endpoint, rows, offline, progress)
+    else:
+        with openai.OpenAI(
+            base_url=endpoint["base_url"],
+            api_key=run.test_key_file.read_text().strip(),
+            max_retries=0,
+            timeout=120,
+            http_client=openai.DefaultHttpxClient(trust_env=False),
+        ) as client:
+            _refuse_others(client, run, endpoint)
+            result = _ask(_by_openai(client, run, endpoint), run, recipe, endpoint, rows, offline, progress)
     result["with_tools"] = sum(map(_has_tools, every))
     if result["differ"] and recipe.task == "classification":
         write_json(run.failed_test_file, result)
@@ -74,16 +78,12 @@ def test(run: Run, backend: Backend, *, progress: Callable[[int, int], None] | N
     return result
 
 
-def _ask(
-    client: Any,
-    run: Run,
-    recipe: Recipe,
-    endpoint: dict[str, Any],
-    rows: Sequence[dict[str, Any]],
-    offline: dict[str, dict[str, Any]],
-    progress: Callable[[int, int], None] | None,
-) -> dict[str, Any]:
-    """Every row's question over HTTP; what deploy/test.json says."""
+Reply = Callable[[Any, int | None], tuple[str, int]]
+"""A conversation and tokens to ask for; an answer and how many tokens it has."""
+
+
+def _refuse_others(client: Any, run: Run, endpoint: dict[str, Any]) -> None:
+    """Stop where the endpoint does not answer, or serves another model."""
     import openai
 
     try:
@@ -92,24 +92,43 @@ def _ask(
         raise StageError(f"{endpoint['base_url']} did not answer: {error}; see {run.log_file('deploy')}") from error
     if endpoint["model"] not in names:
         raise EndpointError(f"{endpoint['base_url']} serves {', '.join(names)}, not {endpoint['model']}")
+
+
+def _by_openai(client: Any, run: Run, endpoint: dict[str, Any]) -> Reply:
+    import openai
+
+    def reply(messages: Any, room: int | None) -> tuple[str, int]:
+        try:
+            said = client.chat.completions.create(
+                model=endpoint["model"], messages=messages, max_tokens=room, temperature=0
+            )
+        except openai.OpenAIError as error:
+            raise StageError(f"{error}; its log is {run.log_file('deploy')}") from error
+        return said.choices[0].message.content or "", said.usage.completion_tokens if said.usage else 0
+
+    return reply
+
+
+def _ask(
+    reply: Reply,
+    run: Run,
+    recipe: Recipe,
+    endpoint: dict[str, Any],
+    rows: Sequence[dict[str, Any]],
+    offline: dict[str, dict[str, Any]],
+    progress: Callable[[int, int], None] | None,
+) -> dict[str, Any]:
+    """Every row's question over HTTP; what deploy/test.json says."""
     latencies, differ, ties, compared, tokens = [], [], 0, 0, 0
     for number, row in enumerate(rows, start=1):
         known = offline.get(row["id"], {})
         began = time.perf_counter()
         try:
-            reply = client.chat.completions.create(
-                model=endpoint["model"],
-                messages=_question(row),
-                max_tokens=_room(recipe, run, known),
-                temperature=0,
-            )
-        except openai.OpenAIError as error:
-            raise StageError(
-                f"the endpoint did not answer test row {row['id']}: {error}; its log is {run.log_file('deploy')}"
-            ) from error
+            answer, count = reply(_question(row), _room(recipe, run, known))
+        except TunewrightError as error:
+            raise StageError(f"the endpoint did not answer test row {row['id']}: {error}") from error
         latencies.append(time.perf_counter() - began)
-        tokens += reply.usage.completion_tokens if reply.usage else 0
-        answer = reply.choices[0].message.content or ""
+        tokens += count
         if "prediction" in known:
             compared += 1
             if answer != known["prediction"] and _is_tie(known):

@@ -288,10 +288,7 @@ def resolve(recipe: Recipe, checked: Checked, runs: Path) -> dict[str, Any]:
         "baselines": list(recipe.baselines),
         "seed": recipe.train.seed,
         "device": device,
-        "tracking": {
-            "uri": tracking.settle(recipe.tracking.uri, runs, os.environ),
-            "experiment": recipe.tracking.experiment,
-        },
+        "tracking": _tracking(recipe, runs),
         "data": checked.data.splits,
         "rendering": checked.rendering.to_dict() if checked.rendering else None,
         "warnings": [problem.message for problem in checked.problems],
@@ -299,6 +296,16 @@ def resolve(recipe: Recipe, checked: Checked, runs: Path) -> dict[str, Any]:
         "platform": platform.platform(),
         "source_commit": _source_commit(),
     }
+
+
+def _tracking(recipe: Recipe, runs: Path) -> dict[str, str]:
+    """Where MLflow is: as the recipe says, else where the backend has one, else as the environment says, else here."""
+    backend = backends.backend(recipe)
+    if recipe.tracking.enabled and recipe.tracking.uri is None and isinstance(backend, backends.Tracks):
+        uri, experiment = backend.tracking(recipe)
+        return {"uri": uri, "experiment": experiment}
+    uri = tracking.settle(recipe.tracking.uri, runs, os.environ)
+    return {"uri": uri, "experiment": recipe.tracking.experiment}
 
 
 def _tables_elsewhere(recipe: Recipe) -> list[str]:

@@ -20,6 +20,10 @@ LEFT_OUT = ("__pycache__", ".pyc")
 EPOCH = (1980, 1, 1, 0, 0, 0)
 
 
+def version() -> str:
+    return metadata.version(NAME)
+
+
 def wheel(folder: Path) -> Path:
     """Write the wheel into a folder; gives its path. The same code gives the same bytes."""
     version = metadata.version(NAME)

@@ -111,7 +111,7 @@ class Tracker:
 
         entry = self.run.intend("mlflow-model", name)
         mlflow.set_tracking_uri(_uri(self.run))
-        mlflow.set_registry_uri(_uri(self.run))
+        mlflow.set_registry_uri(_registry(_uri(self.run)))
         with warnings.catch_warnings(), mlflow.start_run(run_id=self.run_id):
             warnings.simplefilter("ignore")  # MLflow's notes on its own modules, as they are imported here
             info = mlflow.pyfunc.log_model(
@@ -287,4 +287,9 @@ def _client(uri: str) -> Any:
     os.environ.setdefault("GIT_PYTHON_REFRESH", "quiet")
     from mlflow import MlflowClient
 
-    return MlflowClient(tracking_uri=uri, registry_uri=uri)
+    return MlflowClient(tracking_uri=uri, registry_uri=_registry(uri))
+
+
+def _registry(uri: str) -> str:
+    """Where models are registered: on Databricks in Unity Catalog, else where the runs are."""
+    return uri.replace("databricks", "databricks-uc", 1) if uri.split(":")[0] == "databricks" else uri

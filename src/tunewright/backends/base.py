@@ -123,6 +123,28 @@ class Elsewhere(Protocol):
         ...
 
 
+@runtime_checkable
+class Tracks(Protocol):
+    """The extra of backends that have an MLflow of their own."""
+
+    def tracking(self, recipe: Recipe) -> tuple[str, str]:
+        """Its URI and the experiment's name there, unless the recipe names a URI."""
+        ...
+
+
+@runtime_checkable
+class Answers(Protocol):
+    """The extra of backends whose endpoints do not speak the OpenAI API."""
+
+    def answer(self, run: Run, messages: list[dict[str, str]], room: int | None) -> tuple[str, int]:
+        """The endpoint's answer to a conversation, of `room` tokens at most, and how many tokens it has (0: unknown).
+
+        Raises:
+            TunewrightError: it does not answer.
+        """
+        ...
+
+
 def backend(recipe: Recipe) -> Backend:
     """The backend that a recipe names, with its settings checked.
 

@@ -1,0 +1,313 @@
+"""A whole life in a workspace, what it makes there, what faults do to it, and that nothing is left."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from workspace import MAKES, ME, TOKEN, Workspace, running
+
+from tunewright import destroy, life
+from tunewright import recipe as recipes
+from tunewright.backends import base
+from tunewright.backends.base import Job
+from tunewright.backends.databricks import DatabricksBackend
+from tunewright.errors import RecipeError, StageError, UserError
+from tunewright.run import Run
+from tunewright.testing import tiny_data, tiny_model
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("databricks")
+    tiny_model(folder / "model")
+    tiny_data(folder / "data")
+    return folder
+
+
+@pytest.fixture
+def workspace(tmp_path: Path, home: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Workspace]:
+    with running(tmp_path / "workspace", registry=f"sqlite:///{tmp_path / 'mlflow.db'}") as made:
+        monkeypatch.setenv("DATABRICKS_HOST", made.host)
+        monkeypatch.setenv("DATABRICKS_TOKEN", TOKEN)
+        yield made
+
+
+def recipe(home: Path, tmp_path: Path, backend: dict[str, Any] | None = None, **sections: Any) -> Any:
+    given = {
+        "name": "lab",
+        "model": str(home / "model"),
+        "task": "classification",
+        "data": {split: str(home / "data" / f"{split}.jsonl") for split in ("train", "test")},
+        "train": {"method": "lora", "max_steps": 6, "save_steps": 2, "save_strategy": "steps"},
+        "evaluate": {"bootstrap": 200},
+        "deploy": {"test_rows": 6, "content_filter": "off"},
+        "tracking": {"uri": f"sqlite:///{tmp_path / 'mlflow.db'}"},
+        "backend": {"kind": "databricks", "volume": "main.default.files", "poll_s": 0.2, **(backend or {})},
+    }
+    return recipes.loads(yaml.safe_dump(given | sections))
+
+
+def begun(home: Path, tmp_path: Path, backend: dict[str, Any] | None = None, **sections: Any) -> Run:
+    return life.start(recipe(home, tmp_path, backend, **sections), tmp_path / "runs", resume=False)
+
+
+def test_the_whole_life_and_nothing_is_left(workspace: Workspace, home: Path, tmp_path: Path) -> None:
+    run = begun(home, tmp_path)
+    life.advance(run)
+    assert run.status("test") == "done"
+    tested = run.manifest("test")
+    assert (tested["rows"], tested["compared"], tested["differ"]) == (6, 6, [])
+    assert run.manifest("evaluate")["rows"] == 20
+    assert (run.trained("lora") / "adapter_model.safetensors").is_file()
+    assert not run.checkpoints.exists()  # they stay on the volume
+    (cluster,) = workspace.clusters.values()
+    assert cluster["spark_version"] == "18.0.x-cpu-ml-scala2.13"
+    assert (cluster["num_workers"], cluster["autotermination_minutes"]) == (0, 20)
+    assert (cluster["data_security_mode"], cluster["single_user_name"]) == ("SINGLE_USER", ME)
+    assert cluster["custom_tags"] == {"ResourceClass": "SingleNode", "tunewright": "1", "tunewright-run": run.id}
+    assert [call for call in workspace.calls if call.endswith("clusters/create")] == ["POST /api/2.1/clusters/create"]
+    assert len(workspace.runs) == 4
+    backend = base.backend(run.recipe())
+    assert {one.kind for one in destroy.standing(run, backend)} >= {
+        "databricks-cluster",
+        "databricks-endpoint",
+        "databricks-folder",
+    }
+    destroy.destroy(run, backend)
+    assert workspace.standing() == []
+    destroy.destroy(run, backend)
+    assert all(one["is"] == "gone" for one in run.resources())
+    for path in run.path.rglob("*"):
+        if path.is_file():
+            assert TOKEN.encode() not in path.read_bytes(), path
+
+
+@pytest.mark.parametrize(
+    "call", ["POST .*runs/submit", "GET .*runs/get", "PUT .*recipe.yaml", "POST .*clusters/create"]
+)
+@pytest.mark.parametrize("how", ["429", "500", "cut"])
+def test_a_call_that_fails_now_and_then_is_asked_again(
+    workspace: Workspace, home: Path, tmp_path: Path, call: str, how: str, results: Path
+) -> None:
+    workspace.replay = results
+    run = begun(home, tmp_path)
+    life.advance(run, until="plan")
+    workspace.fault(call, how, times=1)
+    try:
+        life.advance(run, until="prepare")
+    except (StageError, UserError):  # what the SDK does not repeat by itself: the same command again
+        life.advance(run, until="prepare")
+    assert run.status("prepare") == "done"
+    destroy.destroy(run, base.backend(run.recipe()))
+    assert workspace.standing() == []
+
+
+@pytest.fixture(scope="module")
+def results(home: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What each stage leaves, by stage: made once, on this machine."""
+    folder = tmp_path_factory.mktemp("results")
+    run = begun(home, folder, {}, backend={"kind": "local", "threads": 1})
+    life.advance(run, until="package")
+    for stage, names in (("prepare", "data"), ("train", "train"), ("evaluate", "evaluate"), ("package", "package")):
+        shutil.copytree(run.path / names, folder / "by-stage" / stage / names)
+    return folder / "by-stage"
+
+
+def test_a_cluster_that_dies_is_named_with_its_reason_and_the_run_goes_on(
+    workspace: Workspace, home: Path, tmp_path: Path
+) -> None:
+    run = begun(home, tmp_path, tracking={"enabled": False})
+    life.advance(run, until="prepare")
+    first = {*workspace.clusters}
+    workspace.before_job = lambda job: workspace.lose_cluster()
+    with pytest.raises(StageError, match=r"SPOT_INSTANCE_TERMINATION.*goes on from the last checkpoint"):
+        life.advance(run, until="train")
+    workspace.before_job = lambda job: None
+    workspace.clusters.clear()  # a terminated one is forgotten after 30 days
+    life.advance(run, until="train")
+    assert run.manifest("train")["steps"] == 6
+    assert first.isdisjoint(workspace.clusters)
+    destroy.destroy(run, base.backend(run.recipe()))
+    assert workspace.standing() == []
+
+
+def test_a_stage_that_fails_over_there_says_here_why(workspace: Workspace, home: Path, tmp_path: Path) -> None:
+    run = begun(home, tmp_path, tracking={"enabled": False})
+    life.advance(run, until="plan")
+    broken = tmp_path / "broken.jsonl"
+    broken.write_text('{"text": "a", "label": "good"}\n{broken\n')
+    given = yaml.safe_load(run.recipe_file.read_text())
+    given["data"]["train"] = [str(broken)]
+    run.recipe_file.write_text(yaml.safe_dump(given))
+    with pytest.raises(UserError, match=r"broken\.jsonl:2: broken JSON"):
+        life.advance(run, until="prepare")
+    destroy.destroy(run, base.backend(run.recipe()))
+
+
+def test_a_job_that_is_forgotten_is_handed_over_again(
+    workspace: Workspace, home: Path, tmp_path: Path, results: Path
+) -> None:
+    run = begun(home, tmp_path)
+    life.advance(run, until="plan")
+    backend = DatabricksBackend(run.recipe().backend.model_extra or {})
+    workspace.before_job = lambda job: job.ended.wait(5)
+    job = backend.submit("prepare", run)
+    assert backend.submit("prepare", run) == job
+    for known in workspace.runs.values():
+        known.ended.set()
+    workspace.runs.clear()
+    workspace.tokens.clear()
+    assert backend.poll(job, run).state == "lost"
+    assert backend.poll(Job("prepare", "999"), run).state == "lost"
+    workspace.before_job = lambda job: None
+    workspace.replay = results
+    life.advance(run, until="prepare")
+    assert run.status("prepare") == "done"
+    destroy.destroy(run, base.backend(run.recipe()))
+    assert workspace.standing() == []
+
+
+def test_a_quota_that_is_used_up_is_said(workspace: Workspace, home: Path, tmp_path: Path) -> None:
+    run = begun(home, tmp_path)
+    life.advance(run, until="plan")
+    workspace.fault("nothing at all", "quota", times=99)
+    with pytest.raises(UserError, match="quota is used up"):
+        life.advance(run, until="prepare")
+    destroy.destroy(run, base.backend(run.recipe()))
+    assert workspace.standing() == []
+
+
+@pytest.mark.parametrize(
+    ("table", "said"),
+    [
+        ({"volume": "main.default.nowhere"}, "there is no main.default.nowhere"),
+        ({"node_type": "Standard_X1"}, "no Standard_X1"),
+        ({"spark_version": "9.9.x"}, "no 9.9.x"),
+        ({"policy": "Nobody's"}, 'no policy "Nobody\'s"'),
+        ({"cluster": "mine"}, "no cluster 'mine'"),
+        ({"processes": 99}, "99 share out a step's rows"),
+    ],
+)
+def test_check_finds_what_would_fail_and_makes_nothing(
+    workspace: Workspace, home: Path, tmp_path: Path, table: dict[str, Any], said: str
+) -> None:
+    asked = recipe(home, tmp_path, table)
+    problems = base.backend(asked).check(asked, ("prepare", "train", "deploy"))
+    assert [said in problem.message for problem in problems] == [True]
+    assert not [call for call in workspace.calls if MAKES.match(call)]
+
+
+def test_a_workspace_without_ml_runtimes_or_sign_in_is_explained(
+    workspace: Workspace, home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = recipe(home, tmp_path)
+    workspace.runtimes = ("16.4.x-scala2.13",)
+    (problem,) = base.backend(asked).check(asked, ("train",))
+    assert "no ML runtime for CPUs" in problem.message
+    monkeypatch.setenv("DATABRICKS_TOKEN", "dapi-another")
+    (problem,) = base.backend(asked).check(asked, ("train",))
+    assert "not signed in" in problem.message
+    assert "dapi-another" not in problem.message
+
+
+def test_a_volume_is_made_on_request_and_removed_again(
+    workspace: Workspace, home: Path, tmp_path: Path, results: Path
+) -> None:
+    workspace.replay = results
+    run = begun(home, tmp_path, {"volume": "main.default.fresh", "create_volume": True})
+    life.advance(run, until="prepare")
+    assert "main.default.fresh" in workspace.volumes
+    destroy.destroy(run, base.backend(run.recipe()))
+    assert workspace.standing() == []
+
+
+def test_an_unknown_setting_is_refused_by_name() -> None:
+    with pytest.raises(RecipeError, match=r"backend\.gpu: unknown key"):
+        DatabricksBackend({"volume": "a.b.c", "gpu": True})
+
+
+def makes(calls: list[str]) -> list[str]:
+    """The kinds of calls that make something, once each, in their order; a submitted stage is a kind of its own."""
+    kinds: dict[str, None] = {}
+    submitted = 0
+    for call in calls:
+        if MAKES.match(call):
+            kind = "PUT file" if call.startswith("PUT /api/2.0/fs/files") else call.partition("/Volumes")[0]
+            submitted += kind.endswith("submit")
+            kinds[f"{kind} {submitted}" if kind.endswith("submit") else kind] = None
+    return list(kinds)
+
+
+@pytest.mark.slow
+def test_killed_at_any_call_that_makes_something_nothing_is_left_after_destroy(
+    workspace: Workspace, home: Path, tmp_path: Path, results: Path
+) -> None:
+    """The calls are those of a clean run, so one that is added cannot be forgotten."""
+    workspace.replay = results
+    table = {"volume": "main.default.fresh", "create_volume": True}
+    clean = begun(home, tmp_path, table)
+    life.advance(clean, until="plan")
+    life.advance(clean, until="deploy")
+    kinds = makes(workspace.calls)
+    destroy.destroy(clean, base.backend(clean.recipe()))
+    assert workspace.standing() == []
+    assert len(kinds) >= 8, kinds
+    killed = []
+    for kind in kinds:
+        run = begun(home, tmp_path, table)
+        life.advance(run, until="plan")
+        words = [sys.executable, "-m", "tunewright.cli", "run", str(run.path), "--until", "deploy"]
+        done = subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        before = len(workspace.calls)
+        name, _, place = kind.partition(" ")
+        route, _, number = place.rpartition(" ") if kind.rpartition(" ")[2].isdigit() else (place, "", "1")
+        call = "PUT /api/2.0/fs/files" if kind == "PUT file" else f"{name} {route}"
+        seen = [one for one in workspace.calls[before:] if one.startswith(call)]
+        workspace.faults = [_AtNumber(call, int(number) - len(seen), done.pid)]
+        assert done.wait(180) == -signal.SIGKILL, kind
+        killed.append(kind)
+        workspace.faults = []
+        time.sleep(0.2)
+        destroy.destroy(run, base.backend(run.recipe()))
+        assert workspace.standing() == [], kind
+    assert killed == kinds
+
+
+class _AtNumber:
+    """A fault that kills at the n-th call of a kind."""
+
+    def __init__(self, call: str, number: int, pid: int) -> None:
+        self.call, self.left, self.pid, self.how = "^" + call.replace(".", r"\."), number, pid, "none"
+        self.fired = False
+
+    @property
+    def times(self) -> int:
+        return 0 if self.fired else 1
+
+    @times.setter
+    def times(self, _: int) -> None:
+        self.left -= 1
+        self.fired = self.left == 0
+        self.how = "kill" if self.fired else "none"
+
+
+def test_the_command_line_destroys_what_it_made(
+    workspace: Workspace, home: Path, tmp_path: Path, results: Path
+) -> None:
+    workspace.replay = results
+    run = begun(home, tmp_path)
+    life.advance(run, until="prepare")
+    words = [sys.executable, "-m", "tunewright.cli", "destroy", str(run.path), "--json"]
+    said = subprocess.run(words, capture_output=True, text=True, check=True).stdout
+    assert {one["kind"] for one in json.loads(said)} >= {"databricks-cluster", "databricks-folder"}
+    assert workspace.standing() == []
