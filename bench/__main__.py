@@ -7,7 +7,7 @@ import sys
 
 import torch
 
-from bench import accuracy, preparing, scoring, server, train
+from bench import accuracy, preparing, scoring, server, spark, train
 
 BENCHMARKS = {
     "train": train.main,
@@ -15,6 +15,7 @@ BENCHMARKS = {
     "scoring": scoring.main,
     "preparing": preparing.main,
     "server": server.main,
+    "spark": spark.main,
 }
 
 

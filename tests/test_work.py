@@ -18,7 +18,7 @@ import pytest
 import torch
 import yaml
 
-from tunewright import life, work
+from tunewright import life, ranks, work
 from tunewright import recipe as recipes
 from tunewright.errors import DataError, DiskFullError, StageError
 from tunewright.run import Run, read_json, write_json
@@ -130,9 +130,11 @@ def test_two_processes_do_not_do_the_same_stage(run: Run, capsys: pytest.Capture
 
 def test_of_several_processes_the_first_that_fails_says_why(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RANK", "1")
-    write_json(run.failure_file("train"), {"kind": "StageError", "message": "the reason"})
+    first = {"rank": 0, "kind": "StageError", "message": "the reason", "traceback": "", "at": 0}
+    write_json(ranks.folder(run) / "rank-0-failure.json", first)
     assert work.main(["train", str(run.path)]) != 0  # it was not prepared
     assert read_json(run.failure_file("train"))["message"] == "the reason"
+    assert "is not done" in read_json(ranks.folder(run) / "rank-1-failure.json")["message"]
 
 
 def test_an_unknown_stage_is_refused_by_the_parser(run: Run) -> None:

@@ -42,7 +42,7 @@ def workspace(tmp_path: Path, home: Path, monkeypatch: pytest.MonkeyPatch) -> It
         yield made
 
 
-def recipe(home: Path, tmp_path: Path, backend: dict[str, Any] | None = None, **sections: Any) -> Any:
+def recipe(home: Path, tmp_path: Path, table: dict[str, Any] | None = None, **sections: Any) -> Any:
     given = {
         "name": "lab",
         "model": str(home / "model"),
@@ -52,13 +52,13 @@ def recipe(home: Path, tmp_path: Path, backend: dict[str, Any] | None = None, **
         "evaluate": {"bootstrap": 200},
         "deploy": {"test_rows": 6, "content_filter": "off"},
         "tracking": {"uri": f"sqlite:///{tmp_path / 'mlflow.db'}"},
-        "backend": {"kind": "databricks", "volume": "main.default.files", "poll_s": 0.2, **(backend or {})},
+        "backend": {"kind": "databricks", "volume": "main.default.files", "poll_s": 0.2, **(table or {})},
     }
     return recipes.loads(yaml.safe_dump(given | sections))
 
 
-def begun(home: Path, tmp_path: Path, backend: dict[str, Any] | None = None, **sections: Any) -> Run:
-    return life.start(recipe(home, tmp_path, backend, **sections), tmp_path / "runs", resume=False)
+def begun(home: Path, tmp_path: Path, table: dict[str, Any] | None = None, **sections: Any) -> Run:
+    return life.start(recipe(home, tmp_path, table, **sections), tmp_path / "runs", resume=False)
 
 
 def test_the_whole_life_and_nothing_is_left(workspace: Workspace, home: Path, tmp_path: Path) -> None:

@@ -117,7 +117,8 @@ class DatabricksBackend:
         if self.settings.processes > 1 and recipe.task in ("preference", "reward"):
             problems.append(Problem(f"backend.processes: task: {recipe.task} trains in one process; leave it out"))
         if "deploy" in stages and recipe.tracking.enabled is False:
-            problems.append(Problem("deploy: an endpoint serves a registered model; set tracking.enabled: true"))
+            said = "deploy: an endpoint serves a registered model, and tracking.enabled is false; use --until package"
+            problems.append(Problem(said, "warning"))
         if "deploy" in stages and recipe.tracking.enabled and recipe.deploy.content_filter != "off":
             problems.append(
                 Problem("deploy.content_filter: the endpoint has none of ours; answers are as they are", "warning")
@@ -593,6 +594,8 @@ class DatabricksBackend:
                     code = ended.code.value if ended.code else "unknown"
                     more = ", ".join(f"{key}: {value}" for key, value in (ended.parameters or {}).items())
                     reason = f"; the cluster ended: {code}{f' ({more})' if more else ''}"
+                    if "QUOTA" in code or "STOCKOUT" in code:
+                        reason += ": ask for more cores of that kind, or set another backend.node_type"
         page = f" (page: {found.run_page_url})" if found.run_page_url else ""
         return f"{said}{reason}{page}; the same command again goes on from the last checkpoint"
 
