@@ -16,7 +16,7 @@ import pytest
 import yaml
 from workspace import MAKES, ME, TOKEN, Workspace, running
 
-from tunewright import destroy, life
+from tunewright import destroy, life, work
 from tunewright import recipe as recipes
 from tunewright.backends import base
 from tunewright.backends.base import Job
@@ -92,14 +92,22 @@ def test_the_whole_life_and_nothing_is_left(workspace: Workspace, home: Path, tm
             assert TOKEN.encode() not in path.read_bytes(), path
 
 
+CALLS = ("POST .*submit", "GET .*runs/get", "PUT .*recipe.yaml", "POST .*clusters/create")
+QUICK = (("POST .*submit", "cut"), ("POST .*clusters/create", "429"), ("GET .*runs/get", "500"))
+
+
 @pytest.mark.parametrize(
-    "call", ["POST .*runs/submit", "GET .*runs/get", "PUT .*recipe.yaml", "POST .*clusters/create"]
+    ("call", "how"),
+    [
+        pytest.param(call, how, marks=() if (call, how) in QUICK else pytest.mark.slow)
+        for call in CALLS
+        for how in ("429", "500", "cut")
+    ],
 )
-@pytest.mark.parametrize("how", ["429", "500", "cut"])
 def test_a_call_that_fails_now_and_then_is_asked_again(
-    workspace: Workspace, home: Path, tmp_path: Path, call: str, how: str, results: Path
+    workspace: Workspace, home: Path, tmp_path: Path, call: str, how: str, prepared: Path
 ) -> None:
-    workspace.replay = results
+    workspace.replay = prepared
     run = begun(home, tmp_path)
     life.advance(run, until="plan")
     workspace.fault(call, how, times=1)
@@ -110,6 +118,17 @@ def test_a_call_that_fails_now_and_then_is_asked_again(
     assert run.status("prepare") == "done"
     destroy.destroy(run, base.backend(run.recipe()))
     assert workspace.standing() == []
+
+
+@pytest.fixture(scope="module")
+def prepared(home: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What the stage `prepare` leaves: made once, on this machine."""
+    folder = tmp_path_factory.mktemp("prepared")
+    run = begun(home, folder, backend={"kind": "local", "threads": 1})
+    life.advance(run, until="plan")
+    work.prepare(run)
+    shutil.copytree(run.path / "data", folder / "by-stage" / "prepare" / "data")
+    return folder / "by-stage"
 
 
 @pytest.fixture(scope="module")
@@ -155,7 +174,7 @@ def test_a_stage_that_fails_over_there_says_here_why(workspace: Workspace, home:
 
 
 def test_a_job_that_is_forgotten_is_handed_over_again(
-    workspace: Workspace, home: Path, tmp_path: Path, results: Path
+    workspace: Workspace, home: Path, tmp_path: Path, prepared: Path
 ) -> None:
     run = begun(home, tmp_path)
     life.advance(run, until="plan")
@@ -170,18 +189,19 @@ def test_a_job_that_is_forgotten_is_handed_over_again(
     assert backend.poll(job, run).state == "lost"
     assert backend.poll(Job("prepare", "999"), run).state == "lost"
     workspace.before_job = lambda job: None
-    workspace.replay = results
+    workspace.replay = prepared
     life.advance(run, until="prepare")
     assert run.status("prepare") == "done"
     destroy.destroy(run, base.backend(run.recipe()))
     assert workspace.standing() == []
 
 
-def test_a_quota_that_is_used_up_is_said(workspace: Workspace, home: Path, tmp_path: Path) -> None:
+def test_a_quota_that_is_used_up_is_said_with_what_to_do(workspace: Workspace, home: Path, tmp_path: Path) -> None:
+    """Azure says so when the cluster is to start, which the job waits for."""
     run = begun(home, tmp_path)
     life.advance(run, until="plan")
-    workspace.fault("nothing at all", "quota", times=99)
-    with pytest.raises(UserError, match="quota is used up"):
+    workspace.before_job = lambda job: workspace.lose_cluster("AZURE_QUOTA_EXCEEDED_EXCEPTION")
+    with pytest.raises(StageError, match="AZURE_QUOTA_EXCEEDED_EXCEPTION: ask for more cores"):
         life.advance(run, until="prepare")
     destroy.destroy(run, base.backend(run.recipe()))
     assert workspace.standing() == []
@@ -221,9 +241,9 @@ def test_a_workspace_without_ml_runtimes_or_sign_in_is_explained(
 
 
 def test_a_volume_is_made_on_request_and_removed_again(
-    workspace: Workspace, home: Path, tmp_path: Path, results: Path
+    workspace: Workspace, home: Path, tmp_path: Path, prepared: Path
 ) -> None:
-    workspace.replay = results
+    workspace.replay = prepared
     run = begun(home, tmp_path, {"volume": "main.default.fresh", "create_volume": True})
     life.advance(run, until="prepare")
     assert "main.default.fresh" in workspace.volumes
@@ -302,9 +322,9 @@ class _AtNumber:
 
 
 def test_the_command_line_destroys_what_it_made(
-    workspace: Workspace, home: Path, tmp_path: Path, results: Path
+    workspace: Workspace, home: Path, tmp_path: Path, prepared: Path
 ) -> None:
-    workspace.replay = results
+    workspace.replay = prepared
     run = begun(home, tmp_path)
     life.advance(run, until="prepare")
     words = [sys.executable, "-m", "tunewright.cli", "destroy", str(run.path), "--json"]
