@@ -325,6 +325,27 @@ def destroy(
         _say("nothing to remove")
 
 
+@app.command()
+def resources(
+    run: Annotated[Path | None, typer.Argument(metavar="[RUN]", help="Only this run's.")] = None,
+    runs: RunsOption = RUNS,
+    prices: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="A price table of yours. Default: the one that ships.")
+    ] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Show what stands where because of the runs: state, since when, when it ends by itself, dollars an hour."""
+    from tunewright import run as run_folders
+    from tunewright import screen, standing
+
+    asked = run_folders.list_runs(runs) if run is None else [_open_run(run, runs).folder]
+    found = standing.find(asked, prices or standing.PRICES)
+    if as_json:
+        print(json.dumps(found.to_dict(), indent=1))
+    else:
+        screen.standing(found)
+
+
 @app.command("runs")
 def list_runs(runs: RunsOption = RUNS, as_json: JsonOption = False) -> None:
     """List the runs: how far each got, and its verdict."""

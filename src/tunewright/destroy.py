@@ -38,7 +38,7 @@ def destroy(run: Run, backend: Backend, *, files: bool = False) -> list[Removed]
     with run.lock():
         removed = []
         # What answers and costs goes first, so that a tracking server that is away cannot keep it alive.
-        for resource in sorted(standing(run, backend), key=lambda one: one.kind != "process"):
+        for resource in sorted(standing(run, backend), key=_order):
             removed.append(_remove(run, backend, resource))
             if resource.entry:
                 run.gone(resource.entry)
@@ -53,6 +53,17 @@ def destroy(run: Run, backend: Backend, *, files: bool = False) -> list[Removed]
             shutil.rmtree(run.path)
             removed.append(Removed("folder", str(run.path), "removed"))
     return removed
+
+
+FIRST = ("process", "databricks-endpoint", "databricks-job", "databricks-cluster", "mlflow-model", "mlflow-run")
+LAST = ("databricks-folder", "databricks-volume")
+
+
+def _order(one: Resource) -> int:
+    """What costs goes first; where files lie that the others need, last."""
+    if one.kind in LAST:
+        return len(FIRST) + 1 + LAST.index(one.kind)
+    return FIRST.index(one.kind) if one.kind in FIRST else len(FIRST)
 
 
 def _remove(run: Run, backend: Backend, resource: Resource) -> Removed:

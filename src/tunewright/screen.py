@@ -26,6 +26,7 @@ from tunewright.curves import plot_loss
 from tunewright.data import sources
 from tunewright.life import Checked, Outcome, Watcher
 from tunewright.run import STAGES, Run
+from tunewright.standing import Found
 
 PLACES_SHOWN = 40
 """Places named for one kind of finding; the rest are in data/findings.jsonl."""
@@ -239,6 +240,44 @@ def plan(planned: dict[str, Any]) -> None:
         out.print(f"makes    {made}", markup=False)
     for warning in planned["warnings"]:
         out.print(Text.assemble(("warning  ", "yellow"), warning))
+
+
+def standing(found: Found) -> None:
+    """A table of what stands, what it costs an hour together, and what could not be asked."""
+    for run, why in found.unreachable.items():
+        err.print(Text(f"{run}: not asked: {why}", "yellow"))
+    if not found.standing:
+        out.print("nothing stands" + (" where it could be asked" if found.unreachable else ""))
+        return
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for column in ("run", "kind", "name", "state", "since", "ends by itself", "$ an hour"):
+        table.add_column(column, overflow="fold", justify="right" if column == "$ an hour" else "left")
+    for one in found.standing:
+        name = one.name if one.recorded else f"{one.name} (not recorded)"
+        table.add_row(
+            one.run,
+            one.kind,
+            name,
+            one.state,
+            (one.since or "")[:16].replace("T", " "),
+            one.ends_by_itself or "",
+            _dollars(one.dollars_an_hour),
+        )
+    out.print(table)
+    known = [one.dollars_an_hour for one in found.standing if one.dollars_an_hour is not None]
+    low, high = (sum(both[end] for both in known) for end in (0, 1))
+    unknown = len(found.standing) - len(known)
+    more = f", and {unknown} whose price is unknown" if unknown else ""
+    if high or unknown:
+        out.print(f"together {_dollars((low, high))} dollars an hour{more} (list prices of {found.prices_as_of})")
+        out.print("tunewright destroy RUN removes what a run made")
+
+
+def _dollars(both: tuple[float, float] | None) -> str:
+    if both is None:
+        return "unknown"
+    low, high = both
+    return "-" if high == 0 else f"{low:.2f} to {high:.2f}"
 
 
 def runs(found: Sequence[dict[str, Any]], folder: Path) -> None:
