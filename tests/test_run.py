@@ -517,3 +517,33 @@ def test_a_line_that_the_disk_took_half_of_is_an_error_and_is_mended(run: Run, m
     assert run.events() == before
     run.event("train", "y")
     assert [event["event"] for event in run.events()] == ["created", "y"]
+
+
+def test_a_mount_that_takes_no_additions_and_no_locks_still_keeps_every_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a volume of an object store is mounted: open for adding and flock are not supported."""
+    import errno
+    import fcntl
+
+    path = tmp_path / "lines.jsonl"
+    append_json(path, {"n": 1})
+    plain = Path.open
+
+    def no_additions(self: Path, mode: str = "r", *given: Any, **options: Any) -> Any:
+        if "a" in mode:
+            raise OSError(errno.EOPNOTSUPP, "Operation not supported", str(self))
+        return plain(self, mode, *given, **options)
+
+    def no_locks(*_: Any) -> None:
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr(Path, "open", no_additions)
+    monkeypatch.setattr(fcntl, "flock", no_locks)
+    for number in (2, 3):
+        append_json(path, {"n": number})
+    with path.open("rb+") as file:
+        file.seek(0, 2)
+        file.write(b'{"n": "half')
+    append_json(path, {"n": 4}, durable=True)
+    assert read_json_lines(path) == [{"n": number} for number in (1, 2, 3, 4)]

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import errno
 import fcntl
 import json
 import os
@@ -28,6 +29,9 @@ from tunewright.recipe import Recipe
 
 FORMAT = 1
 """Version of the folder's layout. A folder with a higher one was written by a newer Tunewright and is refused."""
+
+UNSUPPORTED = (errno.EOPNOTSUPP, errno.ENOSYS, errno.ENOLCK)
+"""What the system says of what a mount cannot do."""
 
 STAGES = ("check", "plan", "prepare", "train", "evaluate", "package", "deploy", "test")
 Status = Literal["todo", "doing", "done", "failed", "cancelled"]
@@ -433,21 +437,46 @@ def replacing(path: Path, *, mode: int = 0o644, durable: bool = True) -> Iterato
 
 def append_json(path: Path, value: Any, *, durable: bool = False) -> None:
     """Add one JSON line to a file. A line that a kill left half-written is cut off first; the file is locked meanwhile,
-    since a line that another process is writing looks the same."""
-    rest = memoryview((_json(value) + "\n").encode())
+    since a line that another process is writing looks the same.
+
+    Where a mount of an object store takes no additions (a Databricks volume), the file is written anew with the line.
+    """
+    line = (_json(value) + "\n").encode()
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with path.open("ab+", buffering=0) as file:
-            fcntl.flock(file, fcntl.LOCK_EX)
-            size = file.seek(0, os.SEEK_END)
-            if size and os.pread(file.fileno(), 1, size - 1) != b"\n":
-                file.truncate(path.read_bytes().rfind(b"\n") + 1)
-            while rest:  # the system may take less than all; what it says then is why (no space left)
-                rest = rest[os.write(file.fileno(), rest) :]
-            if durable:
-                os.fsync(file.fileno())
+        _append(path, line, durable=durable)
     except OSError as error:
-        raise _explained(error, path, "cannot write") from error
+        if error.errno not in UNSUPPORTED:
+            raise _explained(error, path, "cannot write") from error
+        before = path.read_bytes() if path.is_file() else b""
+        with replacing(path, durable=durable) as anew:
+            anew.write(before[: before.rfind(b"\n") + 1] + line)
+
+
+def _append(path: Path, line: bytes, *, durable: bool) -> None:
+    rest = memoryview(line)
+    with path.open("ab+", buffering=0) as file:
+        lock(file.fileno(), fcntl.LOCK_EX)
+        size = file.seek(0, os.SEEK_END)
+        if size and os.pread(file.fileno(), 1, size - 1) != b"\n":
+            file.truncate(path.read_bytes().rfind(b"\n") + 1)
+        while rest:  # the system may take less than all; what it says then is why (no space left)
+            rest = rest[os.write(file.fileno(), rest) :]
+        if durable:
+            os.fsync(file.fileno())
+
+
+def lock(handle: int, how: int) -> None:
+    """Lock an open file, as `fcntl.flock` does; not at all where the mount has no locks.
+
+    Raises:
+        BlockingIOError: another process holds it, and `how` does not wait.
+    """
+    try:
+        fcntl.flock(handle, how)
+    except OSError as error:
+        if error.errno not in UNSUPPORTED:
+            raise
 
 
 def _replace(path: Path, chunks: Iterable[str], *, mode: int, durable: bool) -> None:
@@ -518,7 +547,7 @@ def _take(path: Path, run: Path) -> int:
     except OSError as error:
         raise _explained(error, path, "cannot lock the run") from error
     try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        lock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         os.ftruncate(handle, 0)
         os.pwrite(handle, str(os.getpid()).encode(), 0)
     except OSError as error:

@@ -20,6 +20,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from tunewright import ranks
+from tunewright import run as run_folders
 from tunewright.errors import FAULT, INTERRUPTED, DiskFullError, StageError, explained
 from tunewright.run import Run, read_json, write_json
 
@@ -44,12 +45,12 @@ def main(arguments: list[str] | None = None) -> int:
     if (rank := int(os.environ.get("RANK", 0))) > 0:  # several processes train together; each has a lock of its own
         lock_file = lock_file.with_name(f"{lock_file.name}.{rank}")
     lock_file.parent.mkdir(exist_ok=True)
-    lock = os.open(lock_file, os.O_RDWR | os.O_CREAT, 0o644)
+    handle = os.open(lock_file, os.O_RDWR | os.O_CREAT, 0o644)
     try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        run_folders.lock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         print(f"another process works on {stage} of {run.id}", file=sys.stderr)
-        os.close(lock)
+        os.close(handle)
         return FAULT
     try:
         if given.stage == "serve":
@@ -69,7 +70,7 @@ def main(arguments: list[str] | None = None) -> int:
         _report(run, stage, type(known).__name__, str(known))
         return known.exit_code
     finally:
-        os.close(lock)
+        os.close(handle)
     return 0
 
 

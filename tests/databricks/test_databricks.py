@@ -16,6 +16,7 @@ import pytest
 import yaml
 from workspace import MAKES, ME, TOKEN, Workspace, running
 
+from clusters import cluster, stop
 from tunewright import destroy, life, work
 from tunewright import recipe as recipes
 from tunewright.backends import base
@@ -266,6 +267,42 @@ def makes(calls: list[str]) -> list[str]:
             submitted += kind.endswith("submit")
             kinds[f"{kind} {submitted}" if kind.endswith("submit") else kind] = None
     return list(kinds)
+
+
+@pytest.mark.slow
+def test_on_a_cluster_of_several_nodes_the_stages_are_spark_jobs(
+    workspace: Workspace, home: Path, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    """Two nodes, two processes that train together: the jobs run on a real cluster, with the wheel that was sent."""
+    folder = tmp_path_factory.mktemp("cluster")
+    conf = tmp_path / "conf"
+    conf.mkdir()
+    master = cluster(folder)
+    try:
+
+        def installed(job: Any) -> None:
+            """The wheel, on every node, as the workspace installs a job's libraries."""
+            site = workspace.scratch / job.body["tasks"][0]["existing_cluster_id"] / "site-packages"
+            lines = [f"spark.master {master}", f"spark.executorEnv.PYTHONPATH {site}", "spark.driver.host 127.0.0.1"]
+            (conf / "spark-defaults.conf").write_text("\n".join(lines))
+
+        workspace.before_job = installed
+        workspace.environment = {"SPARK_CONF_DIR": str(conf), "PYSPARK_PYTHON": sys.executable}
+        table = {"workers": 2, "processes": 2}
+        run = begun(home, tmp_path, table, tracking={"enabled": False})
+        life.advance(run, until="evaluate")
+        parameters = [job.body["tasks"][0]["python_wheel_task"]["parameters"] for job in workspace.runs.values()]
+        assert [one[2:] for one in parameters] == [["--on", "spark"]] * 3
+        (made,) = workspace.clusters.values()
+        assert (made["num_workers"], made.get("spark_conf", {})) == (2, {})
+        assert run.manifest("evaluate")["rows"] == 20
+        home_there = workspace.root / "main/default/files/tunewright" / run.id
+        ranks = [json.loads(path.read_text()) for path in (home_there / "jobs" / "ranks").glob("rank-?.json")]
+        assert sorted((one["rank"], one["world"], one["phase"]) for one in ranks) == [(0, 2, "done"), (1, 2, "done")]
+        destroy.destroy(run, base.backend(run.recipe()))
+        assert workspace.standing() == []
+    finally:
+        stop(folder)
 
 
 @pytest.mark.slow

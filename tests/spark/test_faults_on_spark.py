@@ -16,7 +16,7 @@ import pytest
 import yaml
 from on_spark import executors, kill, losses, pid_of_rank, seen_step, start, when, worker
 
-from conftest import cluster, stop
+from clusters import cluster, stop
 from tunewright import life, ranks, work
 from tunewright.backends.base import Status
 from tunewright.backends.spark import SparkBackend

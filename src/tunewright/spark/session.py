@@ -36,6 +36,8 @@ PASSED_ON = re.compile(r"(HF_|HUGGINGFACE_|TRANSFORMERS_|TOKENIZERS_|MLFLOW_|DAT
 PARTS = ("threads", "gpus", "partitions", "wait_s", "patience_s")
 """Settings that a session which is there already can still be given."""
 LOOK_S = 1.0
+ON_DATABRICKS = "DATABRICKS_RUNTIME_VERSION"
+"""Set wherever a Databricks runtime runs."""
 NAMED = re.compile(r"(?:Caused by: |: )?((?:[\w.]+\.)?\w+(?:Error|Exception|Failure)\b.*)")
 """A line of a traceback that names an error."""
 JAVA = re.compile(r"(?:org|java|scala|py4j|io)\.|Py4J")
@@ -69,7 +71,11 @@ def session(asked: Settings, name: str, shared: Path | None, **conf: str) -> Ite
     """
     from pyspark.sql import SparkSession
 
-    if (there := SparkSession.getActiveSession()) is not None:
+    there = SparkSession.getActiveSession()
+    if there is None and ON_DATABRICKS in os.environ:
+        there = SparkSession.builder.getOrCreate()  # the cluster's own, whose libraries are ours
+    if there is not None:
+        compare(there)
         yield there
         return
     builder = SparkSession.builder.appName(name)
