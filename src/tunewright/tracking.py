@@ -120,11 +120,26 @@ class Tracker:
                 artifacts={key: str(path) for key, path in artifacts.items()},
                 registered_model_name=name,
                 pip_requirements=requirements,
-                signature=mlflow.models.infer_signature(*example),
+                signature=_signature(*example),
             )
         version = str(info.registered_model_version)
         self.run.made(entry, version=version, model_uri=info.model_uri)
         return f"models:/{name}/{version}"
+
+
+def _signature(given: Any, gives: Any, params: dict[str, Any] | None) -> Any:
+    """What the model takes and gives. A column of lists may be anything: where a table has no such column MLflow makes
+    one of NaN, and holds it against the signature."""
+    from mlflow.models import infer_signature
+    from mlflow.models.signature import ModelSignature
+    from mlflow.types.schema import AnyType, Array, ColSpec, Schema
+
+    inferred = infer_signature(given, gives, params)
+    columns = [
+        ColSpec(AnyType() if isinstance(one.type, Array) else one.type, one.name, required=one.required)
+        for one in inferred.inputs.inputs
+    ]
+    return ModelSignature(inputs=Schema(columns), outputs=inferred.outputs, params=inferred.params)
 
 
 @contextlib.contextmanager
