@@ -63,6 +63,7 @@ def write(path: Path, rows: int) -> Path:
     return path
 
 
+@pytest.mark.slow
 def test_the_cluster_answers_as_one_machine_does(spark: Any, packaged: Run, tmp_path: Path) -> None:
     source = write(tmp_path / "in.jsonl", 2500)
     told: list[tuple[int, int]] = []
@@ -80,6 +81,7 @@ def test_the_cluster_answers_as_one_machine_does(spark: Any, packaged: Run, tmp_
             assert one["probability"] == pytest.approx(other["probability"], abs=1e-6)
 
 
+@pytest.mark.slow
 def test_a_table_is_answered(spark: Any, packaged: Run, tmp_path: Path) -> None:
     spark.createDataFrame([(f"awful {n}", n) for n in range(60)], "text string, n int").createOrReplaceTempView("asked")
     summary = batching.answer(
@@ -92,6 +94,7 @@ def test_a_table_is_answered(spark: Any, packaged: Run, tmp_path: Path) -> None:
     assert {row["row"] for row in found.collect()} == {f"spark:asked:row {number}" for number in range(1, 51)}
 
 
+@pytest.mark.slow
 def test_mlflows_function_over_a_column_gives_the_same_answers(spark: Any, packaged: Run) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # MLflow's notes on its own modules

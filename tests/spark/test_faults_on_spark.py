@@ -88,6 +88,7 @@ def same(run: Run, other: Run) -> None:
     assert run.manifest("train")["sha256"] == other.manifest("train")["sha256"]
 
 
+@pytest.mark.slow
 def test_a_killed_process_fails_the_stage_and_the_same_command_ends_as_if_nothing_had_been(
     place: Place, unbroken: Run, tmp_path: Path
 ) -> None:

@@ -108,7 +108,11 @@ def texts(folder: Path) -> dict[str, Any]:
     return {"task": "pretraining", "data": {}, "suffix": "txt"}
 
 
-CASES = [chat_rows, labelled_rows, held_out, quoted, columns, texts]
+CASES = [
+    chat_rows,
+    labelled_rows,
+    *(pytest.param(case, marks=pytest.mark.slow) for case in (held_out, quoted, columns, texts)),
+]
 
 
 def begun(folder: Path, model: Path, case: dict[str, Any], **data: Any) -> Run:

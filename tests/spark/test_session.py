@@ -27,6 +27,7 @@ def test_the_executors_run_this_very_package(master: str, tmp_path: Path) -> Non
             session.wait_for_slots(spark, 3, 1)
 
 
+@pytest.mark.slow
 def test_another_version_on_the_executors_is_named_with_both(master: str, tmp_path: Path, monkeypatch: Any) -> None:
     with session.session(settings({"master": master}), "test", tmp_path) as spark:
         monkeypatch.setattr(session, "versions", lambda: {"torch": "9.9.9"})
