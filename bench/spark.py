@@ -1,6 +1,7 @@
 """Spark against this machine alone, at equal cores: preparing rows, answering a batch, and the driver's memory.
 
-Every measurement is a process of its own, pinned to the cores that it may use. Start-up is measured apart: the session,
+Every measurement is a process of its own, pinned to as many cores as there are executors, the cluster and the driver
+with it. Start-up is measured apart: the session,
 the executors' Python and its imports, the tokenizer and the model, all of which a first small job brings about. The
 cluster (`scripts/spark-cluster`) has workers of one slot; its JVMs share the cores with what they run.
 
@@ -106,8 +107,8 @@ def measure(words: list[str]) -> None:
         words[5],
     )
     began = time.perf_counter()
+    _pin(cores)
     if where == "here":
-        os.sched_setaffinity(0, set(sorted(os.sched_getaffinity(0))[:cores]))
         told = _measure_here(home, rows, batch_rows, package, began)
     else:
         told = _measure_spark(home, words[6], rows, batch_rows, package, began)
@@ -222,5 +223,16 @@ def _package(folder: Path, model: Path) -> Path:
 def _cluster(home: Path, workers: int) -> str:
     """The address of a cluster of so many workers with one slot each; 0 ends it."""
     words = [sys.executable, str(SCRIPT), "start" if workers else "stop", "--folder", str(home / "cluster")]
-    done = subprocess.run([*words, "--workers", str(workers)], capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [*words, "--workers", str(workers)],
+        capture_output=True,
+        text=True,
+        check=True,
+        preexec_fn=lambda: _pin(workers) if workers else None,
+    )
     return done.stdout.strip()
+
+
+def _pin(cores: int) -> None:
+    """Keep this process, and whatever it starts, on so many cores."""
+    os.sched_setaffinity(0, set(sorted(os.sched_getaffinity(0))[:cores]))

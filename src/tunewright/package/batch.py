@@ -126,11 +126,11 @@ def shared_out(found: Sequence[Piece], counts: Sequence[tuple[int, int]], limit:
     return shares
 
 
-def of_input(source: str) -> list[Piece]:
-    """The pieces of a file source, of like size."""
+def of_input(source: str, wanted: int = 1) -> list[Piece]:
+    """The pieces of a file source, of like size: as many as are wanted at least, where they are not too small."""
     found = []
     for path in sources.files(source, "input"):
-        found += pieces.of_file(path, max(1, path.stat().st_size // BYTES_OF_A_PIECE))
+        found += pieces.of_file(path, max(wanted, path.stat().st_size // BYTES_OF_A_PIECE))
     return found
 
 

@@ -28,7 +28,7 @@ def answer(asked: Asked, spark: SparkSession, progress: Callable[[int, int], Non
             if sources.is_table(source):
                 found += pieces.of_table(spark, source, "input", folder / f"source-{number}", session.num_slots(spark))
             else:
-                found += batch.of_input(source)
+                found += batch.of_input(source, 3 * session.num_slots(spark))
         counts = _collect(spark, found, lambda piece: pieces.count(piece), here, "counting rows")
         return batch.shared_out(found, counts, asked.limit)
 
