@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+import sysconfig
+import tarfile
 from pathlib import Path
 from typing import Any
 
@@ -42,3 +46,19 @@ def test_executors_without_this_python_are_explained(master: str, tmp_path: Path
         session.session(asked, "test", tmp_path),
     ):
         pass
+
+
+@pytest.mark.slow
+def test_a_packed_environment_is_what_the_executors_run(master: str, tmp_path: Path) -> None:
+    """As venv-pack leaves one; this one borrows its libraries from ours, so that it is small."""
+    packed = tmp_path / "packed"
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(packed)], check=True)
+    (site,) = packed.glob("lib/python*/site-packages")
+    (site / "borrowed.pth").write_text(f"{sysconfig.get_paths()['purelib']}\n")
+    with tarfile.open(tmp_path / "environment.tar.gz", "w:gz") as archive:
+        archive.add(packed, arcname=".")
+    asked = settings({"master": master, "archive": str(tmp_path / "environment.tar.gz")})
+    with session.session(asked, "test", tmp_path / "shared") as spark:
+        found = session.compare(spark)
+    assert {one["versions"]["torch"] for one in found} == {session.versions()["torch"]}
+    assert all("/environment/bin/python" in one["python"] for one in found)
