@@ -32,6 +32,7 @@ PLACES_SHOWN = 40
 """Places named for one kind of finding; the rest are in data/findings.jsonl."""
 PLAIN_EVERY_S = 10
 """How often progress is said in a line of its own where there is no terminal."""
+AGES = ((86400, "d"), (3600, "h"), (60, "min"))
 COLOURS = {"better": "green", "not better": "red", "no evidence": "yellow"}
 
 err = Console(stderr=True, highlight=False, soft_wrap=True)
@@ -249,21 +250,20 @@ def standing(found: Found) -> None:
     if not found.standing:
         out.print("nothing stands" + (" where it could be asked" if found.unreachable else ""))
         return
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    for column in ("run", "kind", "name", "state", "since", "ends by itself", "$ an hour"):
-        table.add_column(column, overflow="fold", justify="right" if column == "$ an hour" else "left")
-    for one in found.standing:
-        name = one.name if one.recorded else f"{one.name} (not recorded)"
-        table.add_row(
-            one.run,
-            one.kind,
-            name,
-            one.state,
-            (one.since or "")[:16].replace("T", " "),
-            one.ends_by_itself or "",
-            _dollars(one.dollars_an_hour),
-        )
-    out.print(table)
+    for run in dict.fromkeys(one.run for one in found.standing):
+        here = [one for one in found.standing if one.run == run]
+        out.print(Text(f"{run} ({here[0].backend})", "bold"))
+        table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 2))
+        for column in ("what", "state", "age", "ends by itself"):
+            table.add_column(column, no_wrap=True, style="dim" if column == "age" else "")
+        table.add_column("$ an hour", justify="right", no_wrap=True)
+        table.add_column("name", overflow="fold")
+        for one in here:
+            what = one.kind.removeprefix("databricks-")
+            name = one.name if one.recorded else f"{one.name} (not in the ledger)"
+            cells = (what, one.state, _age(one.since), one.ends_by_itself or "-", _dollars(one.dollars_an_hour), name)
+            table.add_row(*cells)
+        out.print(table)
     known = [one.dollars_an_hour for one in found.standing if one.dollars_an_hour is not None]
     low, high = (sum(both[end] for both in known) for end in (0, 1))
     unknown = len(found.standing) - len(known)
@@ -271,6 +271,16 @@ def standing(found: Found) -> None:
     if high or unknown:
         out.print(f"together {_dollars((low, high))} dollars an hour{more} (list prices of {found.prices_as_of})")
         out.print("tunewright destroy RUN removes what a run made")
+
+
+def _age(since: str | None) -> str:
+    """How long ago a moment was (ISO 8601, UTC), in its largest unit."""
+    if since is None:
+        return "-"
+    began = datetime.datetime.fromisoformat(since.replace("Z", "+00:00"))
+    seconds = max(0.0, (datetime.datetime.now(datetime.UTC) - began).total_seconds())
+    size, unit = next(((size, unit) for size, unit in AGES if seconds >= size), (1, "s"))
+    return f"{seconds / size:.0f} {unit}"
 
 
 def _dollars(both: tuple[float, float] | None) -> str:
