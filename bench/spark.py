@@ -1,9 +1,9 @@
 """Spark against this machine alone, at equal cores: preparing rows, answering a batch, and the driver's memory.
 
 Every measurement is a process of its own, pinned to as many cores as there are executors, the cluster and the driver
-with it. Start-up is measured apart: the session,
-the executors' Python and its imports, the tokenizer and the model, all of which a first small job brings about. The
-cluster (`scripts/spark-cluster`) has workers of one slot; its JVMs share the cores with what they run.
+with it, so the JVMs share the cores with what they run. Start-up is measured apart: the session, the executors' Python
+and its imports, the tokenizer and the model, all of which a first small job brings about. The cluster
+(`scripts/spark-cluster`) has workers of one slot.
 
 `python -m bench spark`; BENCH_ROWS and BENCH_BATCH_ROWS make it smaller.
 """
