@@ -148,8 +148,12 @@ def test_of_processes_that_all_beat_the_one_behind_is_named(prepare: Prepare, mo
     backend = LocalBackend(run.recipe().backend.model_extra or {})
     job = backend.submit("train", run)
     try:
+        deadline = time.monotonic() + 300
+        while not seen_step(run, 1):  # starting takes longer than the patience on a busy machine
+            assert backend.poll(job, run).state == "running"
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
         lookout = ranks.Lookout(run, patience_s=8)
-        deadline = time.monotonic() + 120
         while (said := lookout.hangs()) is None:
             assert backend.poll(job, run).state == "running"
             assert time.monotonic() < deadline
