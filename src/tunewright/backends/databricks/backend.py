@@ -1,40 +1,32 @@
-"""A Databricks workspace: a cluster of the run's own, its stages as one-time jobs with our wheel, files in a Unity
-Catalog volume, MLflow over there, a serving endpoint; all of it by databricks-sdk.
-
-Whatever is made carries the run's name and, where the API has tags, `tunewright-run`; it is in the ledger before it is
-made. So what a crash left unrecorded is found, and what carries neither is never touched.
-
-What is not covered: workspaces themselves, and what only a real one can show (docs/backends/databricks.md lists it).
-"""
+"""Stages as jobs: what is made, handed over, looked at, brought back and removed. Start reading at `submit`."""
 
 from __future__ import annotations
 
 import contextlib
 import hashlib
-import io
 import json
-import os
-import re
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator
-from functools import cached_property, partial
+from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import ValidationError
 
 from tunewright import recipe as recipes
 from tunewright import shipping
 from tunewright.backends.base import Job, Problem, Resource, Status
+from tunewright.backends.databricks.calls import explained, gone
+from tunewright.backends.databricks.settings import Settings
+from tunewright.backends.databricks.volume import Volume
+from tunewright.backends.databricks.workspace import Workspace
 from tunewright.data import sources
-from tunewright.errors import EndpointError, RecipeError, RunError, StageError, UserError
+from tunewright.errors import EndpointError, RecipeError, StageError, UserError
 from tunewright.recipe import Recipe
 from tunewright.run import MANIFESTS, Run, append_json, read_json, read_json_lines, write_json
 
 TAG = "tunewright-run"
-HTTP_S, RETRY_S = 60, 300
-"""How long one call may take, and how long it is tried again."""
 AWAY_S = 900
 """How long a workspace may be away before a job that runs there is given up (it is not lost: ask again)."""
 STOP_S = 60
@@ -45,49 +37,6 @@ FOLDERS = {"prepare": ("data",), "train": ("train",), "evaluate": ("evaluate",),
 """What a stage leaves, and is brought here."""
 STAYS = ("train/checkpoints/",)
 """What stays on the volume, where a stage that goes on finds it."""
-
-
-class Settings(BaseModel):
-    """The rest of the recipe's `backend` table."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
-
-    volume: str = Field(pattern=r"^[^./]+\.[^./]+\.[^./]+$")
-    """`catalog.schema.volume` of Unity Catalog: the runs lie in it."""
-    create_volume: bool = False
-    """Make the volume where it is not there; `destroy` removes it again."""
-    host: str | None = None
-    """`https://...`. Default: what the SDK finds (DATABRICKS_HOST, the profile)."""
-    profile: str | None = None
-    """Of ~/.databrickscfg. Tokens and secrets are never part of a recipe: the SDK finds them, or signs in."""
-    cluster: str | None = None
-    """Name or id of a cluster that is there already; it is used and left alone. Default: one for the run."""
-    node_type: str | None = None
-    """Such as Standard_D4ds_v5. Default: the smallest with 4 cores and 16 GB, or one GPU."""
-    workers: int = Field(default=0, ge=0)
-    """0: a single node."""
-    spark_version: str | None = None
-    """Default: the newest ML runtime that is no beta, for GPUs where `gpus` asks for them."""
-    gpus: bool = False
-    policy: str | None = None
-    """Name or id of a cluster policy."""
-    access_mode: Literal["SINGLE_USER", "USER_ISOLATION", "NONE"] = "SINGLE_USER"
-    autotermination_minutes: int = Field(default=20, ge=10, le=10000)
-    """Minutes of idleness after which the cluster ends by itself."""
-    libraries: list[str] = []
-    """More packages from PyPI, such as `sentencepiece==0.2.1`."""
-    tags: dict[str, str] = {}
-    """More tags for the cluster and the endpoint."""
-    workload_size: Literal["Small", "Medium", "Large"] = "Small"
-    """Of the serving endpoint, which scales to zero."""
-    processes: int = Field(default=1, ge=1)
-    """Processes that train together, as with `kind: spark`."""
-    threads: int | None = Field(default=None, ge=1)
-    partitions: int | None = Field(default=None, ge=1)
-    wait_s: float = Field(default=600, gt=0)
-    patience_s: float = Field(default=600, gt=0)
-    poll_s: float = Field(default=5, ge=0)
-    """Seconds between two looks at a job."""
 
 
 class DatabricksBackend:
@@ -102,6 +51,8 @@ class DatabricksBackend:
             known = ", ".join(Settings.model_fields)
             what = f"unknown key; known: {known}" if first["type"] == "extra_forbidden" else first["msg"]
             raise RecipeError(f"backend.{key}: {what} (backend.kind: databricks)") from None
+        self.workspace = Workspace(self.settings)
+        self.volume = Volume(lambda: self.workspace.client.files)
         self.looked: dict[str, tuple[float, Status]] = {}
         self.away_since: float | None = None
 
@@ -123,12 +74,19 @@ class DatabricksBackend:
             problems.append(
                 Problem("deploy.content_filter: the endpoint has none of ours; answers are as they are", "warning")
             )
-        for look in (self._me, self._runtime, self._node, self._policy_id, self._existing, self._volume_there):
+        for look in (
+            self.workspace.me,
+            self.workspace.runtime,
+            self.workspace.node,
+            self.workspace.policy_id,
+            self.workspace.existing,
+            self.workspace.volume_there,
+        ):
             try:
                 look()
             except UserError as error:
                 problems.append(Problem(str(error)))
-                if look == self._me:  # nothing else can be known
+                if look == self.workspace.me:  # nothing else can be known
                     break
         return problems
 
@@ -138,7 +96,7 @@ class DatabricksBackend:
     def tracking(self, recipe: Recipe) -> tuple[str, str]:
         """MLflow over there; experiments are named by a path in the workspace."""
         name = recipe.tracking.experiment
-        return "databricks", name if name.startswith("/") else f"/Users/{self._me()}/{name}"
+        return "databricks", name if name.startswith("/") else f"/Users/{self.workspace.me()}/{name}"
 
     # --- a stage ---
 
@@ -149,7 +107,7 @@ class DatabricksBackend:
                 return Job(stage, str(known["run_id"]))
         run.failure_file(stage).unlink(missing_ok=True)
         run.progress_file(stage).unlink(missing_ok=True)
-        with _explained("submitting the job"):
+        with explained("submitting the job"):
             self._make_volume(run)
             cluster = self._make_cluster(run)
             wheel = self._upload(stage, run)
@@ -172,32 +130,31 @@ class DatabricksBackend:
         return status
 
     def collect(self, job: Job, run: Run) -> None:
-        with _explained("bringing the results"):
+        with explained("bringing the results"):
             self._bring(run, job.stage)
 
     def cancel(self, job: Job, run: Run) -> None:
         if not run.job_file(job.stage).is_file():
             return
         known = int(read_json(run.job_file(job.stage))["run_id"])
-        with _explained("cancelling the job"):
+        with explained("cancelling the job"):
             if self._state(known) == "active" and job.stage == "train":
-                self._put(f"{self._home(run)}/jobs/ranks/stop", b"")  # a checkpoint at the end of the step
+                self.volume.put(f"{self._home(run)}/jobs/ranks/stop", b"")  # a checkpoint at the end of the step
                 self._wait_for_end(known, STOP_S / 2)
             if self._state(known) == "active":
-                self.client.jobs.cancel_run(known)
+                self.workspace.client.jobs.cancel_run(known)
                 self._wait_for_end(known, STOP_S)
-            with contextlib.suppress(UserError, RunError):
-                self._bring_ledger(run)
+            self._bring_ledger(run)
         run.job_file(job.stage).unlink(missing_ok=True)
 
     # --- what stands ---
 
     def find(self, run: Run) -> list[Resource]:
         """The ledger's, with what carries this run's name there and is not in it; what is gone there is left out."""
-        with _explained("looking for what stands"):
+        with explained("looking for what stands"):
             self._bring_ledger(run)
             recorded = {
-                (one["kind"], self._name_of(one)): Resource(one["kind"], one["name"], one, one["entry"])
+                (one["kind"], str(one["name"])): Resource(one["kind"], one["name"], one, one["entry"])
                 for one in run.resources()
                 if one["is"] != "gone"
             }
@@ -210,22 +167,22 @@ class DatabricksBackend:
 
     def remove(self, resource: Resource, run: Run) -> Literal["gone", "going"]:
         kind, facts = resource.kind, resource.facts
-        with _explained(f"removing {kind} {resource.name}"):
+        with explained(f"removing {kind} {resource.name}"):
             if kind == "databricks-cluster":
                 for cluster in self._clusters_of(run):
-                    self.client.clusters.permanent_delete(cluster.cluster_id)
+                    self.workspace.client.clusters.permanent_delete(cluster.cluster_id)
             elif kind == "databricks-job":
                 for known in self._runs_of(run, facts.get("stage")):
-                    self.client.jobs.cancel_run(known)
+                    self.workspace.client.jobs.cancel_run(known)
                     if not self._wait_for_end(known, STOP_S):
                         return "going"
-                    self.client.jobs.delete_run(known)
+                    self.workspace.client.jobs.delete_run(known)
             elif kind == "databricks-endpoint":
-                self._gone(lambda: self.client.serving_endpoints.delete(resource.name))
+                gone(lambda: self.workspace.client.serving_endpoints.delete(resource.name))
             elif kind == "databricks-folder":
-                self._remove_folder(self._home(run))
+                self.volume.remove_folder(self._home(run))
             elif kind == "databricks-volume":
-                self._gone(lambda: self.client.volumes.delete(resource.name))
+                gone(lambda: self.workspace.client.volumes.delete(resource.name))
             else:
                 raise StageError(f"the databricks backend does not remove a {kind}")
         return "gone"
@@ -241,10 +198,10 @@ class DatabricksBackend:
             raise EndpointError(f"{run.path}: {said}")
         entity, _, version = logged.removeprefix("models:/").rpartition("/")
         name = self._endpoint_name(run)
-        with _explained(f"making endpoint {name}"):
+        with explained(f"making endpoint {name}"):
             if self._endpoint(name) is None:
                 entry = run.intend("databricks-endpoint", name)
-                self.client.serving_endpoints.create(
+                self.workspace.client.serving_endpoints.create(
                     name,
                     config=serving.EndpointCoreConfigInput(
                         name=name,
@@ -263,7 +220,7 @@ class DatabricksBackend:
                 run.made(entry)
             self._wait_for_endpoint(name)
         return {
-            "base_url": f"{self.client.config.host}/serving-endpoints/{name}/invocations",
+            "base_url": f"{self.workspace.client.config.host}/serving-endpoints/{name}/invocations",
             "model": name,
             "entity": entity,
             "version": version,
@@ -272,18 +229,18 @@ class DatabricksBackend:
         }
 
     def serving(self, run: Run) -> bool:
-        with _explained("looking at the endpoint"):
+        with explained("looking at the endpoint"):
             endpoint = self._endpoint(self._endpoint_name(run))
         return endpoint is not None and _is_ready(endpoint)
 
     def undeploy(self, run: Run) -> None:
-        with _explained("removing the endpoint"):
-            self._gone(lambda: self.client.serving_endpoints.delete(self._endpoint_name(run)))
+        with explained("removing the endpoint"):
+            gone(lambda: self.workspace.client.serving_endpoints.delete(self._endpoint_name(run)))
 
     def answer(self, run: Run, messages: list[dict[str, str]], room: int | None) -> tuple[str, int]:
         """The endpoint's answer to a conversation, and no count of tokens: MLflow's models say none."""
-        with _explained("asking the endpoint"):
-            said = self.client.api_client.do(
+        with explained("asking the endpoint"):
+            said = self.workspace.client.api_client.do(
                 "POST",
                 f"/serving-endpoints/{self._endpoint_name(run)}/invocations",
                 body={
@@ -296,127 +253,24 @@ class DatabricksBackend:
             raise StageError(f"the endpoint gave no prediction: {first!r}")
         return str(first["prediction"]), 0
 
-    # --- the workspace ---
-
-    @cached_property
-    def client(self) -> Any:
-        """The SDK's client, all of whose waits have an end."""
-        try:
-            from databricks.sdk import WorkspaceClient
-            from databricks.sdk.config import Config
-        except ImportError:
-            raise RecipeError("backend.kind: databricks needs the SDK; pip install 'tunewright[databricks]'") from None
-        where: dict[str, Any] = {"host": self.settings.host, "profile": self.settings.profile}
-        config = Config(
-            **{key: value for key, value in where.items() if value},
-            http_timeout_seconds=HTTP_S,
-            retry_timeout_seconds=RETRY_S,
-            product="tunewright",
-            product_version=shipping.version(),
-        )
-        return WorkspaceClient(config=config)
-
-    def _me(self) -> str:
-        with _explained("signing in"):
-            return str(self._user)
-
-    @cached_property
-    def _user(self) -> str:
-        return str(self.client.current_user.me().user_name)
-
-    def _runtime(self) -> str:
-        with _explained("looking for a runtime"):
-            return self._spark_version
-
-    @cached_property
-    def _spark_version(self) -> str:
-        asked = self.settings
-        if asked.spark_version:
-            there = {one.key for one in self.client.clusters.spark_versions().versions or ()}
-            if asked.spark_version not in there:
-                raise RecipeError(f"backend.spark_version: the workspace has no {asked.spark_version}")
-            return asked.spark_version
-        newest = _newest_ml(self.client.clusters.spark_versions().versions or (), gpus=asked.gpus)
-        if newest is None:
-            kind = "for GPUs" if asked.gpus else "for CPUs"
-            said = f"the workspace offers no ML runtime {kind} that is no beta; set backend.spark_version"
-            raise RecipeError(said)
-        return newest
-
-    def _node(self) -> str:
-        with _explained("looking for a node type"):
-            return self._node_type
-
-    @cached_property
-    def _node_type(self) -> str:
-        asked = self.settings
-        if asked.cluster:
-            return ""
-        if asked.node_type:
-            there = {one.node_type_id for one in self.client.clusters.list_node_types().node_types or ()}
-            if asked.node_type not in there:
-                raise RecipeError(f"backend.node_type: the workspace has no {asked.node_type}")
-            return asked.node_type
-        try:
-            return str(
-                self.client.clusters.select_node_type(min_cores=4, min_memory_gb=16, min_gpus=1 if asked.gpus else 0)
-            )
-        except ValueError:
-            raise RecipeError("the workspace offers no node type that fits; set backend.node_type") from None
-
-    def _policy_id(self) -> str | None:
-        asked = self.settings.policy
-        if asked is None:
-            return None
-        with _explained("looking for the policy"):
-            for policy in self.client.cluster_policies.list():
-                if asked in (policy.name, policy.policy_id):
-                    return str(policy.policy_id)
-        raise RecipeError(f"backend.policy: the workspace has no policy {asked!r} that is open to you")
-
-    def _existing(self) -> str | None:
-        asked = self.settings.cluster
-        if asked is None:
-            return None
-        with _explained("looking for the cluster"):
-            for cluster in self.client.clusters.list():
-                if asked in (cluster.cluster_name, cluster.cluster_id):
-                    return str(cluster.cluster_id)
-        raise RecipeError(f"backend.cluster: the workspace has no cluster {asked!r}")
-
-    def _volume_there(self) -> bool:
-        from databricks.sdk.errors import NotFound
-
-        with _explained("looking at the volume"):
-            try:
-                self.client.volumes.read(self.settings.volume)
-                return True
-            except NotFound:
-                if self.settings.create_volume:
-                    return False
-        raise RecipeError(
-            f"backend.volume: there is no {self.settings.volume}, or it is not open to you; name another, or set "
-            "backend.create_volume: true"
-        )
-
     # --- making things ---
 
     def _make_volume(self, run: Run) -> None:
         from databricks.sdk.service import catalog
 
-        if self._volume_there():
+        if self.workspace.volume_there():
             return
         name = self.settings.volume
         entry = run.intend("databricks-volume", name)
         catalog_name, schema, volume = name.split(".")
-        self.client.volumes.create(
+        self.workspace.client.volumes.create(
             catalog_name, schema, volume, catalog.VolumeType.MANAGED, comment=f"made by Tunewright for run {run.id}"
         )
         run.made(entry)
 
     def _make_cluster(self, run: Run) -> str:
         """The cluster's id: one of the user's, the run's own, or a new one."""
-        if (existing := self._existing()) is not None:
+        if (existing := self.workspace.existing()) is not None:
             return existing
         for cluster in self._clusters_of(run):
             if str(cluster.state.value) not in ("TERMINATING", "ERROR"):
@@ -429,21 +283,21 @@ class DatabricksBackend:
             if stale["kind"] == "databricks-cluster" and stale["is"] != "gone":
                 run.gone(stale["entry"])  # it ended and was forgotten there
         entry = run.intend("databricks-cluster", self._cluster_name(run))
-        made = self.client.clusters.create(
-            self._runtime(),
+        made = self.workspace.client.clusters.create(
+            self.workspace.runtime(),
             cluster_name=self._cluster_name(run),
-            node_type_id=self._node(),
+            node_type_id=self.workspace.node(),
             num_workers=asked.workers,
             autotermination_minutes=asked.autotermination_minutes,
             data_security_mode=compute.DataSecurityMode(asked.access_mode),
-            single_user_name=self._me() if asked.access_mode == "SINGLE_USER" else None,
-            policy_id=self._policy_id(),
+            single_user_name=self.workspace.me() if asked.access_mode == "SINGLE_USER" else None,
+            policy_id=self.workspace.policy_id(),
             runtime_engine=compute.RuntimeEngine.STANDARD,
             spark_conf=single if asked.workers == 0 else {},
             custom_tags={**({"ResourceClass": "SingleNode"} if asked.workers == 0 else {}), **self._tags(run)},
         )
         cluster_id = str(made.response.cluster_id)
-        run.made(entry, cluster_id=cluster_id, node_type=self._node(), workers=asked.workers)
+        run.made(entry, cluster_id=cluster_id, node_type=self.workspace.node(), workers=asked.workers)
         return cluster_id
 
     def _upload(self, stage: str, run: Run) -> str:
@@ -451,39 +305,39 @@ class DatabricksBackend:
         home = self._home(run)
         if not any(one["kind"] == "databricks-folder" and one["is"] != "gone" for one in run.resources()):
             entry = run.intend("databricks-folder", home)
-            self.client.files.create_directory(home)
+            self.workspace.client.files.create_directory(home)
             run.made(entry)
         recipe, resolved = self._moved(run, home)
-        there = {name.removeprefix(f"{home}/") for name in self._files(home)}
+        there = {name.removeprefix(f"{home}/") for name in self.volume.files(home)}
         for name, content in (
             ("recipe.yaml", recipes.dump(recipe).encode()),
             ("resolved.json", json.dumps(resolved, indent=1).encode()),
             ("state.json", run.state_file.read_bytes()),
             ("plan.json", run.manifest_file("plan").read_bytes()),
         ):
-            self._put(f"{home}/{name}", content)
+            self.volume.put(f"{home}/{name}", content)
         for left in (f"jobs/{stage}-failure.json", f"jobs/{stage}-progress.json", "jobs/ranks/stop"):
             if left in there:
-                self._gone(partial(self.client.files.delete, f"{home}/{left}"))
+                gone(partial(self.workspace.client.files.delete, f"{home}/{left}"))
         with tempfile.TemporaryDirectory() as folder:
             wheel = shipping.wheel(Path(folder))
             content = wheel.read_bytes()
             target = f"{home}/inputs/{hashlib.sha256(content).hexdigest()[:12]}/{wheel.name}"
             if target.removeprefix(f"{home}/") not in there:
-                self._put(target, content)
+                self.volume.put(target, content)
         return target
 
     def _moved(self, run: Run, home: str) -> tuple[Recipe, dict[str, Any]]:
         """The recipe and what was resolved, as they are over there; files that they name are uploaded."""
         recipe = run.recipe()
         resolved = run.resolved()
-        there = {name: size for name, size in self._files(home).items() if "/inputs/" in name}
+        there = {name: size for name, size in self.volume.files(home).items() if "/inputs/" in name}
 
         def sent(path: Path, folder: str) -> str:
             target = f"{home}/inputs/{folder}/{path.name}"
             if there.get(target) != path.stat().st_size:
                 with path.open("rb") as file:
-                    self.client.files.upload(target, file, overwrite=True)
+                    self.workspace.client.files.upload(target, file, overwrite=True)
             return target
 
         data = {}
@@ -529,7 +383,7 @@ class DatabricksBackend:
         spark = self.settings.workers > 0 or self.settings.processes > 1 or (tables and stage == "prepare")
         libraries = [compute.Library(whl=wheel)]
         libraries += [compute.Library(pypi=compute.PythonPyPiLibrary(package=one)) for one in self.settings.libraries]
-        made = self.client.jobs.submit(
+        made = self.workspace.client.jobs.submit(
             run_name=name,
             idempotency_token=token,
             tasks=[
@@ -553,7 +407,7 @@ class DatabricksBackend:
     # --- looking ---
 
     def _look(self, job: Job, run: Run) -> Status:
-        with _explained("asking for the job"):
+        with explained("asking for the job"):
             found = self._run_of(int(job.id))
             if found is None:
                 return Status("lost")
@@ -564,7 +418,7 @@ class DatabricksBackend:
             self._end_entry(run, job.stage)
             result = found.state.result_state.value if found.state.result_state else ""
             if result == "SUCCESS":
-                if f"{self._home(run)}/{MANIFESTS[job.stage]}" in self._files(self._home(run)):
+                if f"{self._home(run)}/{MANIFESTS[job.stage]}" in self.volume.files(self._home(run)):
                     return Status("done")
                 said = f"{job.stage}: the job says that it is done, and {MANIFESTS[job.stage]} is not there"
                 return Status("failed", "StageError", said)
@@ -588,7 +442,7 @@ class DatabricksBackend:
             from databricks.sdk.errors import DatabricksError
 
             with contextlib.suppress(DatabricksError):
-                cluster = self.client.clusters.get(cluster_id)
+                cluster = self.workspace.client.clusters.get(cluster_id)
                 ended = cluster.termination_reason
                 if ended is not None and cluster.state.value in ("TERMINATED", "TERMINATING", "ERROR"):
                     code = ended.code.value if ended.code else "unknown"
@@ -600,7 +454,7 @@ class DatabricksBackend:
         return f"{said}{reason}{page}; the same command again goes on from the last checkpoint"
 
     def _state(self, known: int) -> Literal["active", "ended", "absent"]:
-        with _explained("asking for the job"):
+        with explained("asking for the job"):
             found = self._run_of(known)
         if found is None:
             return "absent"
@@ -611,7 +465,7 @@ class DatabricksBackend:
         from databricks.sdk.errors import InvalidParameterValue, NotFound
 
         try:
-            return self.client.jobs.get_run(known)
+            return self.workspace.client.jobs.get_run(known)
         except (NotFound, InvalidParameterValue):
             return None
 
@@ -652,17 +506,17 @@ class DatabricksBackend:
             facts = {"name": endpoint.name, "state": "ready" if _is_ready(endpoint) else "starting"}
             yield ("databricks-endpoint", endpoint.name), facts | {"since_ms": endpoint.creation_timestamp}
         home = self._home(run)
-        if self._is_folder(home):
+        if self.volume.is_folder(home):
             yield ("databricks-folder", home), {"name": home, "state": "there"}
 
     def _clusters_of(self, run: Run) -> list[Any]:
-        return [one for one in self.client.clusters.list() if (one.custom_tags or {}).get(TAG) == run.id]
+        return [one for one in self.workspace.client.clusters.list() if (one.custom_tags or {}).get(TAG) == run.id]
 
     def _runs_of(self, run: Run, stage: str | None) -> list[int]:
         """The active runs of this run's jobs."""
         from databricks.sdk.service import jobs
 
-        found = self.client.jobs.list_runs(active_only=True, run_type=jobs.RunType.SUBMIT_RUN)
+        found = self.workspace.client.jobs.list_runs(active_only=True, run_type=jobs.RunType.SUBMIT_RUN)
         names = [f"tunewright {one} {run.id}" for one in ([stage] if stage else FOLDERS)]
         return [int(one.run_id) for one in found if one.run_name in names]
 
@@ -670,7 +524,7 @@ class DatabricksBackend:
         from databricks.sdk.errors import NotFound
 
         try:
-            return self.client.serving_endpoints.get(name)
+            return self.workspace.client.serving_endpoints.get(name)
         except NotFound:
             return None
 
@@ -694,50 +548,10 @@ class DatabricksBackend:
     def _home(self, run: Run) -> str:
         return f"/Volumes/{self.settings.volume.replace('.', '/')}/tunewright/{run.id}"
 
-    def _put(self, path: str, content: bytes) -> None:
-        self.client.files.upload(path, io.BytesIO(content), overwrite=True)
-
-    def _files(self, folder: str) -> dict[str, int]:
-        """Every file below a folder, and its size in bytes."""
-        found: dict[str, int] = {}
-        folders = [folder]
-        while folders:
-            for one in self._entries(folders.pop()):
-                if one.is_directory:
-                    folders.append(one.path)
-                else:
-                    found[one.path] = one.file_size
-        return found
-
-    def _entries(self, folder: str) -> list[Any]:
-        from databricks.sdk.errors import NotFound
-
-        try:
-            return list(self.client.files.list_directory_contents(folder))
-        except NotFound:
-            return []
-
-    def _is_folder(self, folder: str) -> bool:
-        from databricks.sdk.errors import NotFound
-
-        try:
-            self.client.files.get_directory_metadata(folder)
-            return True
-        except NotFound:
-            return False
-
-    def _remove_folder(self, folder: str) -> None:
-        for one in self._entries(folder):
-            if one.is_directory:
-                self._remove_folder(one.path)
-            else:
-                self._gone(partial(self.client.files.delete, one.path))
-        self._gone(lambda: self.client.files.delete_directory(folder))
-
     def _bring(self, run: Run, stage: str) -> None:
         """The stage's files, its manifest last; what is here already in its size is not brought again."""
         home = self._home(run)
-        there = self._files(home)
+        there = self.volume.files(home)
         wanted = [
             name
             for name in there
@@ -748,34 +562,15 @@ class DatabricksBackend:
         for name in sorted(wanted, key=lambda one: one == manifest):
             target = run.path / name.removeprefix(f"{home}/")
             if name == manifest or not target.is_file() or target.stat().st_size != there[name]:
-                self._download(name, target, there[name])
+                self.volume.download(name, target, there[name])
         if f"{home}/tracking.json" in there:
-            self._download(f"{home}/tracking.json", run.tracking_file, there[f"{home}/tracking.json"])
+            self.volume.download(f"{home}/tracking.json", run.tracking_file, there[f"{home}/tracking.json"])
         self._bring_ledger(run)
-
-    def _download(self, name: str, target: Path, size: int) -> None:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(prefix=f".{target.name}.", dir=target.parent)
-        try:
-            with os.fdopen(handle, "wb") as file:
-                contents = self.client.files.download(name).contents
-                while block := contents.read(2**20):
-                    file.write(block)
-            if Path(temporary).stat().st_size != size:
-                raise StageError(f"{name} came with {Path(temporary).stat().st_size} of {size} bytes; try again")
-            os.chmod(temporary, 0o644)
-            os.replace(temporary, target)
-        finally:
-            Path(temporary).unlink(missing_ok=True)
 
     def _bring_file(self, run: Run, target: Path) -> bool:
         """One small file of the run, where it is there."""
-        from databricks.sdk.errors import NotFound
-
-        name = f"{self._home(run)}/{target.relative_to(run.path)}"
-        try:
-            content = self.client.files.download(name).contents.read()
-        except NotFound:
+        content = self.volume.read(f"{self._home(run)}/{target.relative_to(run.path)}")
+        if content is None:
             return False
         target.parent.mkdir(parents=True, exist_ok=True)
         target.write_bytes(content)
@@ -783,11 +578,8 @@ class DatabricksBackend:
 
     def _bring_ledger(self, run: Run) -> None:
         """What jobs over there wrote into their ledger (MLflow's run, the registered model)."""
-        from databricks.sdk.errors import NotFound
-
-        try:
-            content = self.client.files.download(f"{self._home(run)}/resources.jsonl").contents.read()
-        except NotFound:
+        content = self.volume.read(f"{self._home(run)}/resources.jsonl")
+        if content is None:
             return
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "resources.jsonl"
@@ -808,62 +600,7 @@ class DatabricksBackend:
     def _endpoint_name(self, run: Run) -> str:
         return f"tunewright-{run.id}"[:63]
 
-    def _name_of(self, entry: dict[str, Any]) -> str:
-        return str(entry["name"])
-
-    def _gone(self, call: Callable[[], Any]) -> None:
-        from databricks.sdk.errors import NotFound
-
-        with contextlib.suppress(NotFound):
-            call()
-
-
-def _newest_ml(versions: Iterable[Any], *, gpus: bool) -> str | None:
-    """The newest ML runtime that is no beta. (The SDK's own choice takes Scala 2.12 alone unless it is told, which the
-    newest runtimes no longer have.)"""
-    found = {}
-    for one in versions:
-        numbers = re.match(r"(\d+)\.(\d+)\.x-" + ("gpu" if gpus else "cpu") + "-ml-", one.key or "")
-        if numbers and "beta" not in (one.name or "").lower():
-            found[int(numbers[1]), int(numbers[2])] = str(one.key)
-    return found[max(found)] if found else None
-
 
 def _is_ready(endpoint: Any) -> bool:
     state = endpoint.state
     return bool(state and state.ready and state.ready.value == "READY")
-
-
-@contextlib.contextmanager
-def _explained(doing: str) -> Iterator[None]:
-    """The SDK's errors as ours, in one line and without what could be secret."""
-    from databricks.sdk.errors import DatabricksError, PermissionDenied, ResourceExhausted, Unauthenticated
-    from requests import RequestException
-
-    try:
-        yield
-    except Unauthenticated as error:
-        raise UserError(f"Databricks: {doing}: not signed in ({_line(error)}); run `databricks auth login`") from None
-    except PermissionDenied as error:
-        raise UserError(f"Databricks: {doing}: not allowed ({_line(error)}); ask the workspace's admin") from None
-    except ResourceExhausted as error:
-        raise UserError(f"Databricks: {doing}: a quota is used up ({_line(error)}); wait, or ask for more") from None
-    except DatabricksError as error:
-        kind = StageError if _is_theirs(error) else UserError
-        raise kind(f"Databricks: {doing}: {_line(error)}") from None
-    except (TimeoutError, RequestException, ConnectionError) as error:
-        raise StageError(f"Databricks: {doing}: the workspace does not answer ({_line(error)})") from None
-    except ValueError as error:
-        if isinstance(error, UserError):
-            raise
-        raise UserError(f"Databricks: {doing}: {_line(error)}") from None
-
-
-def _is_theirs(error: Any) -> bool:
-    from databricks.sdk.errors import InternalError, TemporarilyUnavailable, TooManyRequests
-
-    return isinstance(error, InternalError | TemporarilyUnavailable | TooManyRequests)
-
-
-def _line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
