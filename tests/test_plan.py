@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from tunewright import recipe as recipes
+from tunewright.backends.local import LocalBackend
 from tunewright.plan import estimate
 
 
@@ -27,7 +28,7 @@ def planned(task: str, facts: dict[str, Any], **evaluate: Any) -> dict[str, Any]
         "warnings": [],
         "train": settled,
     }
-    return estimate(recipe, resolved | {"tracking": {"uri": ""}})
+    return estimate(recipe, resolved | {"tracking": {"uri": ""}}, LocalBackend({}))
 
 
 @pytest.mark.parametrize(("baselines", "models"), [(["zero-shot"], 2), (["zero-shot", "few-shot"], 3)])

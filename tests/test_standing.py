@@ -17,6 +17,7 @@ from tunewright import run as run_folders
 from tunewright import standing
 from tunewright.backends.base import Resource
 from tunewright.errors import RecipeError
+from tunewright.prices import read
 from tunewright.run import Run
 
 
@@ -26,7 +27,7 @@ def run_of(folder: Path, **sections: Any) -> Run:
 
 
 def test_a_cluster_costs_its_nodes_and_their_units(tmp_path: Path) -> None:
-    prices = standing.read_prices(standing.PRICES)
+    prices = read()
     facts = {"node_type": "Standard_D4ds_v5", "workers": 2, "state": "running", "autotermination_minutes": 20}
     facts |= {"since_ms": 1_790_000_000_000}
     one = standing._standing(run_of(tmp_path), "databricks", Resource("databricks-cluster", "c", facts), prices)
@@ -39,7 +40,7 @@ def test_a_cluster_costs_its_nodes_and_their_units(tmp_path: Path) -> None:
 
 
 def test_what_nobody_knows_is_unknown_and_what_is_asleep_costs_nothing(tmp_path: Path) -> None:
-    prices = standing.read_prices(standing.PRICES)
+    prices = read()
     for facts, cost in (
         ({"node_type": "X", "state": "running"}, None),
         ({"node_type": "X", "state": "terminated"}, (0, 0)),
@@ -68,4 +69,4 @@ def test_the_command_shows_what_it_can_and_says_what_it_cannot(tmp_path: Path) -
 def test_a_price_table_that_is_none_is_refused(tmp_path: Path) -> None:
     (tmp_path / "prices.yaml").write_text("just words")
     with pytest.raises(RecipeError, match="not a price table"):
-        standing.read_prices(tmp_path / "prices.yaml")
+        read(tmp_path / "prices.yaml")

@@ -53,7 +53,8 @@ class Life:
 
     def plan(self) -> dict[str, Any]:
         """Tokens, steps, time, memory, and what will be made."""
-        return plan.estimate(self.recipe, life.resolve(self.recipe, self.check(), self.runs))
+        resolved = life.resolve(self.recipe, self.check(), self.runs)
+        return plan.estimate(self.recipe, resolved, backends.backend(self.recipe))
 
     def run(self, *, until: str = "test", watcher: Watcher | None = None) -> Outcome:
         """Every stage up to `until` that is not done yet."""
@@ -86,6 +87,8 @@ class Life:
                     backend.cancel(backends.Job(later, "0"), run)
             if isinstance(backend, backends.Serves):
                 backend.undeploy(run)
+            if isinstance(backend, backends.Remembers):
+                backend.forget(stage, run)
             run.reset(stage)
 
     def show(self) -> dict[str, Any]:

@@ -50,6 +50,10 @@ ResumeOption = Annotated[
     ),
 ]
 AgainOption = Annotated[bool, typer.Option("--again", help="Do this stage again, and forget the stages after it.")]
+YesOption = Annotated[
+    bool,
+    typer.Option("--yes", "-y", help="Agree to what costs money (once a run; nothing on this machine does)."),
+]
 RUNS = Path("runs")
 DAY = "%Y-%m-%d"
 DataOption = Annotated[
@@ -186,25 +190,26 @@ def run(
     until: Annotated[str, typer.Option(metavar="STAGE", help="The last stage to do.")] = "test",
     sets: SetOption = None,
     resume: ResumeOption = None,
-    yes: Annotated[
-        bool,
-        typer.Option(
-            "--yes", "-y", help="For scripts. Nothing that runs on this machine costs money, so nothing is asked."
-        ),
-    ] = False,
+    yes: YesOption = False,
 ) -> None:
     """Take a recipe from data to a tested endpoint. The last line of standard output is the run folder's path."""
     from tunewright.run import STAGES
 
     if until not in STAGES:
         raise errors.RecipeError(f"--until {until}: no such stage; stages are {', '.join(STAGES)}")
-    _advance(_open(recipe, runs, sets, resume), until, verdict_counts=True)
+    _advance(_open(recipe, runs, sets, resume), until, yes, verdict_counts=True)
 
 
 @app.command()
-def prepare(recipe: RecipeOrRun, runs: RunsOption = RUNS, sets: SetOption = None, again: AgainOption = False) -> None:
+def prepare(
+    recipe: RecipeOrRun,
+    runs: RunsOption = RUNS,
+    sets: SetOption = None,
+    again: AgainOption = False,
+    yes: YesOption = False,
+) -> None:
     """Read, check, split and select the data."""
-    _stage("prepare", recipe, runs, sets, again)
+    _stage("prepare", recipe, runs, sets, again, yes)
 
 
 @app.command()
@@ -214,33 +219,58 @@ def train(
     sets: SetOption = None,
     again: AgainOption = False,
     resume: ResumeOption = None,
+    yes: YesOption = False,
 ) -> None:
     """Train, going on from the last checkpoint where there is one."""
-    _stage("train", recipe, runs, sets, again, resume)
+    _stage("train", recipe, runs, sets, again, yes, resume)
 
 
 @app.command()
-def evaluate(recipe: RecipeOrRun, runs: RunsOption = RUNS, sets: SetOption = None, again: AgainOption = False) -> None:
+def evaluate(
+    recipe: RecipeOrRun,
+    runs: RunsOption = RUNS,
+    sets: SetOption = None,
+    again: AgainOption = False,
+    yes: YesOption = False,
+) -> None:
     """Compare the tuned model with its base and the baselines on the same held-out rows."""
-    _stage("evaluate", recipe, runs, sets, again, verdict_counts=True)
+    _stage("evaluate", recipe, runs, sets, again, yes, verdict_counts=True)
 
 
 @app.command()
-def package(recipe: RecipeOrRun, runs: RunsOption = RUNS, sets: SetOption = None, again: AgainOption = False) -> None:
+def package(
+    recipe: RecipeOrRun,
+    runs: RunsOption = RUNS,
+    sets: SetOption = None,
+    again: AgainOption = False,
+    yes: YesOption = False,
+) -> None:
     """Write the merged model, its adapter, golden token ids and card, and register it."""
-    _stage("package", recipe, runs, sets, again)
+    _stage("package", recipe, runs, sets, again, yes)
 
 
 @app.command()
-def deploy(recipe: RecipeOrRun, runs: RunsOption = RUNS, sets: SetOption = None, again: AgainOption = False) -> None:
+def deploy(
+    recipe: RecipeOrRun,
+    runs: RunsOption = RUNS,
+    sets: SetOption = None,
+    again: AgainOption = False,
+    yes: YesOption = False,
+) -> None:
     """Serve the packaged model behind the OpenAI API."""
-    _stage("deploy", recipe, runs, sets, again)
+    _stage("deploy", recipe, runs, sets, again, yes)
 
 
 @app.command()
-def test(recipe: RecipeOrRun, runs: RunsOption = RUNS, sets: SetOption = None, again: AgainOption = False) -> None:
+def test(
+    recipe: RecipeOrRun,
+    runs: RunsOption = RUNS,
+    sets: SetOption = None,
+    again: AgainOption = False,
+    yes: YesOption = False,
+) -> None:
     """Ask the endpoint what was asked offline, and compare."""
-    _stage("test", recipe, runs, sets, again)
+    _stage("test", recipe, runs, sets, again, yes)
 
 
 @app.command()
@@ -335,11 +365,12 @@ def resources(
     as_json: JsonOption = False,
 ) -> None:
     """Show what stands where because of the runs: state, since when, when it ends by itself, dollars an hour."""
+    from tunewright import prices as table
     from tunewright import run as run_folders
     from tunewright import screen, standing
 
     asked = run_folders.list_runs(runs) if run is None else [_open_run(run, runs).folder]
-    found = standing.find(asked, prices or standing.PRICES)
+    found = standing.find(asked, table.read(prices) if prices else table.read())
     if as_json:
         print(json.dumps(found.to_dict(), indent=1))
     else:
@@ -396,7 +427,7 @@ def demo(
         if earlier.id.startswith("demo-") and not earlier.destroyed and earlier.status("test") == "done":
             _open_run(earlier.path, runs).destroy()
     life = _open(starter.recipe_path(), runs, None, False if fresh else None)
-    code = _advance(life, "test", verdict_counts=True, leave=False)
+    code = _advance(life, "test", True, verdict_counts=True, leave=False)
     screen.next_steps(life.folder)
     print(life.folder.path)
     raise typer.Exit(code)
@@ -633,6 +664,7 @@ def _stage(
     runs: Path,
     sets: list[str] | None,
     again: bool,
+    yes: bool,
     resume: bool | None = None,
     *,
     verdict_counts: bool = False,
@@ -644,14 +676,15 @@ def _stage(
             _say(f"{stage} is done already; --again does it again")
         else:
             life.forget(stage)
-    _advance(life, stage, verdict_counts=verdict_counts)
+    _advance(life, stage, yes, verdict_counts=verdict_counts)
 
 
-def _advance(life: Life, until: str, *, verdict_counts: bool, leave: bool = True) -> int:
+def _advance(life: Life, until: str, yes: bool, *, verdict_counts: bool, leave: bool = True) -> int:
     from tunewright import screen
 
+    _say(f"run folder: {life.folder.path}")
+    _agree(life, until, yes)
     with screen.Watching() as watcher:
-        _say(f"run folder: {life.folder.path}")
         outcome = life.run(until=until, watcher=watcher)
     screen.outcome(outcome)
     code = outcome.exit_code if verdict_counts else errors.DONE
@@ -665,6 +698,31 @@ def _open(path: Path, runs: Path, sets: list[str] | None, resume: bool | None = 
     from tunewright import api
 
     return api.open(path, runs=runs, overrides=sets or (), resume=resume)
+
+
+def _agree(life: Life, until: str, yes: bool) -> None:
+    """Ask, once a run, before anything is made that costs money."""
+    from tunewright import screen
+    from tunewright.backends import base
+    from tunewright.run import STAGES
+
+    run = life.folder
+    if STAGES.index(until) < STAGES.index(base.STAGES[0]):
+        return
+    if run.status("plan") != "done":
+        with screen.Watching() as watcher:
+            life.run(until="plan", watcher=watcher)
+    planned = run.manifest("plan")
+    if not planned["cost"].get("asks") or any(one["event"] == "agreed" for one in run.events()):
+        return
+    if not yes:
+        screen.plan(planned, console=screen.err)
+        if not sys.stdin.isatty():
+            raise errors.RecipeError("this run costs money (the plan is above); add --yes to agree")
+        if not typer.confirm("Go on?", err=True):
+            _say("nothing was made; the same command asks again")
+            raise typer.Exit(errors.INTERRUPTED)
+    run.event("plan", "agreed")
 
 
 def _open_run(path: Path, runs: Path) -> Life:

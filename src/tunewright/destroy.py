@@ -76,7 +76,10 @@ def _remove(run: Run, backend: Backend, resource: Resource) -> Removed:
         for version in [known] if known else tracking.versions_of(run, name):
             tracking.unregister(run, name, version)
         return Removed(resource.kind, f"{name} version {known or '(not recorded)'}", "removed from the registry")
-    if backend.remove(resource, run) == "going":
+    removed = backend.remove(resource, run)
+    if removed == "kept":
+        return Removed(resource.kind, name, "left, because it holds what is not of this run")
+    if removed == "going":
         raise StageError(
             f"{resource.kind} {name} is still going; run `tunewright destroy {run.path}` again in a minute"
         )

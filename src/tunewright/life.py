@@ -221,7 +221,7 @@ def _do(stage: str, run: Run, recipe: Recipe, backend: Backend, watcher: Watcher
         case "check":
             _check(run, recipe, watcher)
         case "plan":
-            planned = estimate(recipe, run.resolved())
+            planned = estimate(recipe, run.resolved(), backend)
             if planned["disk_bytes"] > (free := free_disk(run.path)):
                 watcher.problem(
                     Problem(
@@ -231,7 +231,8 @@ def _do(stage: str, run: Run, recipe: Recipe, backend: Backend, watcher: Watcher
                     )
                 )
             settled = run.resolved()["train"]
-            if settled["memory_bytes"] > settled["free_bytes"] and not recipe.train.fsdp:  # each has its share
+            shared = recipe.train.fsdp or not planned["here"]  # each has its share; elsewhere has other memory
+            if settled["memory_bytes"] > settled["free_bytes"] and not shared:
                 watcher.problem(
                     Problem(
                         f"training will take about {settled['memory_bytes'] / 1e9:.1f} GB of memory and "

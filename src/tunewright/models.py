@@ -44,7 +44,9 @@ class ModelRef:
 
     @classmethod
     def from_dict(cls, given: dict[str, Any]) -> ModelRef:
-        return cls(**{key: given[key] for key in cls.__dataclass_fields__})
+        """As `to_dict` gave it, on this machine or another: the starter is where this one has it."""
+        here = {"source": str(starter.model_path())} if given["kind"] == "starter" else {}
+        return cls(**{key: (given | here)[key] for key in cls.__dataclass_fields__})
 
     def max_length(self, asked: int | None) -> int:
         """The longest example to train on.

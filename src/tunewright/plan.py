@@ -1,7 +1,7 @@
 """What a run will take, said before it starts: tokens, steps, time, memory, disk, and everything that it will make.
 
 Time is a guess from the arithmetic that training needs and a short measurement of this machine, so it is given as a
-range. What is not covered: prices of hosted services.
+range; what it costs elsewhere is the backend's to say.
 """
 
 from __future__ import annotations
@@ -14,16 +14,18 @@ from typing import Any
 
 import numpy as np
 
+from tunewright.backends.base import Backend, Bill, Bills, Elsewhere
 from tunewright.recipe import Recipe
 
 SHARE_OF_PEAK = (0.15, 0.6)
 """Training reaches between these shares of the machine's matrix-product speed."""
+UNKNOWN = Bill(("run folder",), None, None, "the backend does not say")
 START_S = 30
 """Starting the stages' processes and loading libraries, all together."""
 
 
-def estimate(recipe: Recipe, resolved: dict[str, Any]) -> dict[str, Any]:
-    """The plan, from what `check` resolved."""
+def estimate(recipe: Recipe, resolved: dict[str, Any], backend: Backend) -> dict[str, Any]:
+    """The plan, from what `check` resolved and what the backend says of its cost."""
     train = recipe.train
     splits = resolved["data"]
     parameters = resolved["model"]["parameters"]
@@ -49,13 +51,13 @@ def estimate(recipe: Recipe, resolved: dict[str, Any]) -> dict[str, Any]:
     weights = 4 * parameters
     trained = weights if settled["method"] == "full" else weights // 50
     checkpoints = (train.save_total_limit or 3) * (3 * trained)
-    makes = ["run folder", "endpoint process on this machine"]
+    makes = []
     if recipe.tracking.enabled:
         makes.append(f"MLflow run at {resolved['tracking']['uri']}")
         if "mlflow" in recipe.package.formats:
             makes.append(f"registered model {recipe.registered_name}")
     disk = 2 * weights + checkpoints + (2 * weights if recipe.tracking.enabled else 0)
-    return {
+    plan = {
         "format": 1,
         "backend": recipe.backend.kind,
         "rows": {split: facts["used"] for split, facts in splits.items()},
@@ -71,11 +73,13 @@ def estimate(recipe: Recipe, resolved: dict[str, Any]) -> dict[str, Any]:
         "method": settled["method"],
         "why": {"method": settled["method_why"], "bf16": settled["bf16_why"]},
         "disk_bytes": disk,
-        "cost": {"currency": "USD", "low": 0.0, "high": 0.0, "note": "runs on this machine"},
-        "makes": makes,
         "matrix_product_flops": round(speed),
+        "here": not isinstance(backend, Elsewhere),
         "warnings": resolved["warnings"],
     }
+    bill = backend.bill(recipe, plan) if isinstance(backend, Bills) else UNKNOWN
+    cost = {"currency": "USD", "low": bill.low, "high": bill.high, "note": bill.note, "asks": bill.asks}
+    return plan | {"cost": cost, "makes": [*bill.makes, *makes]}
 
 
 def _evaluated(recipe: Recipe, resolved: dict[str, Any]) -> int:

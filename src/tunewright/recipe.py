@@ -15,7 +15,7 @@ import re
 import typing
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
@@ -971,6 +971,25 @@ class BackendChoice(BaseModel):
 
     kind: str = "local"
     """The backend's name; the other keys are its own."""
+
+
+Settings = TypeVar("Settings", bound=BaseModel)
+
+
+def backend_settings(model: type[Settings], kind: str, table: dict[str, Any]) -> Settings:
+    """A backend's own keys of the table, checked.
+
+    Raises:
+        RecipeError: it holds something unknown or wrong; the first is named.
+    """
+    try:
+        return model.model_validate(table)
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(map(str, first["loc"]))
+        known = ", ".join(model.model_fields)
+        what = f"unknown key; known: {known}" if first["type"] == "extra_forbidden" else first["msg"]
+        raise RecipeError(f"backend.{key}: {what} (backend.kind: {kind})") from None
 
 
 class Recipe(Section):

@@ -220,27 +220,31 @@ def findings(found: dict[str, Any], rest: str, *, console: Console = err) -> Non
             console.print(Text(f"    all: {_places([row['where'] for row in shown])}{more}", style="dim"))
 
 
-def plan(planned: dict[str, Any]) -> None:
+def plan(planned: dict[str, Any], *, console: Console = out) -> None:
     low, high = planned["seconds"]
-    out.print(f"backend  {planned['backend']}", markup=False)
-    out.print("rows     " + ", ".join(f"{count} {split}" for split, count in planned["rows"].items()))
-    out.print(f"steps    {planned['steps']}")
+    console.print(f"backend  {planned['backend']}", markup=False)
+    console.print("rows     " + ", ".join(f"{count} {split}" for split, count in planned["rows"].items()))
+    console.print(f"steps    {planned['steps']}")
     tokens = planned["tokens"]
-    out.print(
+    console.print(
         f"tokens   {tokens['train']:,} in training ({tokens['train_per_epoch']:,} an epoch), "
         f"{tokens['test']:,} in the test set, up to {tokens['evaluate']:,} in evaluation"
     )
-    out.print(f"time     {_duration(low)} to {_duration(high)}, guessed from this machine's matrix products")
-    out.print(f"method   {planned['method']}: {planned['why']['method']}", markup=False)
-    out.print(f"memory   about {planned['memory_bytes'] / 1e9:.1f} GB")
-    out.print(f"disk     about {planned['disk_bytes'] / 1e9:.1f} GB")
+    told = "guessed from this machine's matrix products" if planned["here"] else "were it this machine"
+    console.print(f"time     {_duration(low)} to {_duration(high)}, {told}")
+    console.print(f"method   {planned['method']}: {planned['why']['method']}", markup=False)
+    console.print(f"memory   about {planned['memory_bytes'] / 1e9:.1f} GB")
+    console.print(f"disk     about {planned['disk_bytes'] / 1e9:.1f} GB")
     cost = planned["cost"]
-    money = f"{cost['low']:.2f} to {cost['high']:.2f}" if cost["high"] else "0"
-    out.print(f"cost     {money} {cost['currency']} ({cost['note']})", markup=False)
+    if cost["high"] is None:
+        console.print(f"cost     not known before: {cost['note']}", markup=False)
+    else:
+        money = f"{cost['low']:.2f} to {cost['high']:.2f}" if cost["high"] else "0"
+        console.print(f"cost     {money} {cost['currency']} ({cost['note']})", markup=False)
     for made in planned["makes"]:
-        out.print(f"makes    {made}", markup=False)
+        console.print(f"makes    {made}", markup=False)
     for warning in planned["warnings"]:
-        out.print(Text.assemble(("warning  ", "yellow"), warning))
+        console.print(Text.assemble(("warning  ", "yellow"), warning))
 
 
 def standing(found: Found) -> None:

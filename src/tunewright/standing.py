@@ -9,18 +9,15 @@ from __future__ import annotations
 import datetime
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
-import yaml
-
+from tunewright import prices
 from tunewright.backends import base as backends
-from tunewright.errors import RecipeError, TunewrightError
+from tunewright.errors import TunewrightError
 from tunewright.run import Run
 
-PRICES = Path(__file__).with_name("prices.yaml")
-FREE = ("process", "mlflow-run", "mlflow-model", "databricks-folder", "databricks-volume", "job")
-"""What costs nothing by the hour (storage is billed by size)."""
+FREE = ("process", "mlflow-run", "mlflow-model", "databricks-folder", "databricks-volume", "databricks-job")
+"""What costs nothing by the hour: storage is billed by size, a job by its cluster."""
 ASLEEP = ("terminated", "stopped", "ended")
 
 
@@ -54,9 +51,8 @@ class Found:
         return asdict(self)
 
 
-def find(runs: Iterable[Run], prices: Path = PRICES) -> Found:
-    """Ask every run's backend."""
-    table = read_prices(prices)
+def find(runs: Iterable[Run], table: dict[str, Any]) -> Found:
+    """Ask every run's backend; `table` is that of `prices.read`."""
     standing: list[Standing] = []
     unreachable: dict[str, str] = {}
     for run in runs:
@@ -66,25 +62,15 @@ def find(runs: Iterable[Run], prices: Path = PRICES) -> Found:
         except TunewrightError as error:
             unreachable[run.id] = str(error)
             continue
-        standing += [_standing(run, recipe.backend.kind, one, table) for one in found]
+        standing += [
+            _standing(run, recipe.backend.kind, one, table)
+            for one in found
+            if one.facts.get("state") != backends.ABSENT
+        ]
     return Found(standing, unreachable, str(table["as_of"]))
 
 
-def read_prices(path: Path) -> dict[str, Any]:
-    """The price table.
-
-    Raises:
-        RecipeError: it is absent, or not a table of prices.
-    """
-    try:
-        table = yaml.safe_load(path.read_text(encoding="utf-8"))
-        assert isinstance(table, dict)
-        return {"as_of": table["as_of"], "unit": table["unit"], "clusters": {}, "endpoints": {}} | table
-    except (OSError, yaml.YAMLError, AssertionError, KeyError) as error:
-        raise RecipeError(f"{path}: not a price table ({error}); copy {PRICES} and change it") from None
-
-
-def _standing(run: Run, backend: str, one: backends.Resource, prices: dict[str, Any]) -> Standing:
+def _standing(run: Run, backend: str, one: backends.Resource, table: dict[str, Any]) -> Standing:
     facts = one.facts
     minutes = facts.get("autotermination_minutes")
     since = facts.get("at")
@@ -101,19 +87,15 @@ def _standing(run: Run, backend: str, one: backends.Resource, prices: dict[str, 
         since=since,
         ends_by_itself=f"after {minutes} min idle" if minutes else None,
         recorded=one.entry is not None,
-        dollars_an_hour=_cost(one, state, prices),
+        dollars_an_hour=_cost(one, state, table),
     )
 
 
-def _cost(one: backends.Resource, state: str, prices: dict[str, Any]) -> tuple[float, float] | None:
+def _cost(one: backends.Resource, state: str, table: dict[str, Any]) -> tuple[float, float] | None:
     if one.kind in FREE or state in ASLEEP:
         return 0.0, 0.0
-    if one.kind == "databricks-cluster" and (node := prices["clusters"].get(one.facts.get("node_type"))):
-        nodes = 1 + int(one.facts.get("workers") or 0)
-        low, high = (nodes * (node["machine"][end] + node["units"] * prices["unit"][end]) for end in (0, 1))
-        return round(low, 2), round(high, 2)
-    if one.kind == "databricks-endpoint" and (known := prices["endpoints"].get("Small")):
-        return 0.0, float(known[1])  # it sleeps where nobody asks
-    if one.kind == "databricks-job":
-        return 0.0, 0.0  # its cluster is what costs
+    if one.kind == "databricks-cluster":
+        return prices.of_cluster(table, one.facts.get("node_type"), 1 + int(one.facts.get("workers") or 0))
+    if one.kind == "databricks-endpoint":
+        return prices.of_endpoint(table, one.facts.get("workload_size"))
     return None

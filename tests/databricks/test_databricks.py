@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import signal
 import subprocess
@@ -10,6 +11,7 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,13 +19,13 @@ import yaml
 from workspace import MAKES, ME, TOKEN, Workspace, running
 
 from clusters import cluster, stop
-from tunewright import destroy, life, work
+from tunewright import api, destroy, life, work
 from tunewright import recipe as recipes
 from tunewright.backends import base
 from tunewright.backends.base import Job
 from tunewright.backends.databricks import DatabricksBackend
-from tunewright.errors import RecipeError, StageError, UserError
-from tunewright.run import Run
+from tunewright.errors import EndpointError, RecipeError, StageError, UserError
+from tunewright.run import Run, list_runs, write_json
 from tunewright.testing import tiny_data, tiny_model
 
 
@@ -253,6 +255,125 @@ def test_a_volume_is_made_on_request_and_removed_again(
     assert workspace.standing() == []
 
 
+def test_a_volume_that_others_use_meanwhile_is_left(
+    workspace: Workspace, home: Path, tmp_path: Path, prepared: Path
+) -> None:
+    workspace.replay = prepared
+    run = begun(home, tmp_path, {"volume": "main.default.fresh", "create_volume": True})
+    life.advance(run, until="prepare")
+    (workspace.root / "main/default/fresh/theirs.csv").write_text("a,b\n")
+    other = begun(home, tmp_path, {"volume": "main.default.fresh", "create_volume": True}, name="other")
+    life.advance(other, until="prepare")
+    destroy.destroy(other, base.backend(other.recipe()))
+    assert (workspace.root / "main/default/fresh/tunewright" / run.id).is_dir()
+    removed = destroy.destroy(run, base.backend(run.recipe()))
+    assert [one.what for one in removed if one.kind == "databricks-volume"] == [
+        "left, because it holds what is not of this run"
+    ]
+    assert workspace.standing() == ["file main/default/fresh/theirs.csv", "volume main.default.fresh"]
+
+
+def test_files_of_one_name_stay_two_and_all_that_a_run_reads_is_sent(
+    workspace: Workspace, home: Path, tmp_path: Path, prepared: Path
+) -> None:
+    """Two days' files of one name and one size, a base in a folder and an adapter."""
+    workspace.replay = prepared
+    rows = {day: json.dumps({"text": f"on {day}", "label": "good"}) + "\n" for day in ("monday", "sunday")}
+    for day, row in rows.items():
+        (tmp_path / day).mkdir()
+        (tmp_path / day / "rows.jsonl").write_text(row.ljust(60) + "\n")
+    adapter = tmp_path / "adapter"
+    adapter.mkdir()
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        (adapter / name).write_text("{}")
+    asked = recipe(home, tmp_path, data={"train": str(tmp_path / "*" / "rows.jsonl")})
+    asked = asked.model_copy(update={"train": asked.train.model_copy(update={"adapter": str(adapter)})})
+    run = begun(home, tmp_path)
+    life.advance(run, until="plan")
+    run.recipe_file.write_text(recipes.dump(asked))
+    DatabricksBackend(asked.backend.model_extra or {}).submit("prepare", run)
+    there = workspace.root / "main/default/files/tunewright" / run.id
+    sent = recipes.loads((there / "recipe.yaml").read_text())
+
+    def local(place: str) -> Path:
+        return workspace.root / place.removeprefix("/Volumes/")
+
+    assert sorted(local(place).read_text().rstrip() for place in sent.data.train) == sorted(
+        row.rstrip() for row in rows.values()
+    )
+    assert (local(str(sent.train.adapter)) / "adapter_model.safetensors").is_file()
+    base_there = local(json.loads((there / "resolved.json").read_text())["model"]["source"])
+    assert (base_there / "model.safetensors").read_bytes() == (home / "model" / "model.safetensors").read_bytes()
+    before = [call for call in workspace.calls if call.startswith("PUT /api/2.0/fs/files") and "/inputs/" in call]
+    workspace.runs.clear()
+    workspace.tokens.clear()
+    DatabricksBackend(asked.backend.model_extra or {}).submit("prepare", run)
+    after = [call for call in workspace.calls if call.startswith("PUT /api/2.0/fs/files") and "/inputs/" in call]
+    assert len(before) == len(set(before)) >= 6
+    assert after == before  # nothing goes twice
+    destroy.destroy(run, base.backend(run.recipe()))
+
+
+def test_a_stage_that_is_done_again_begins_afresh_over_there(
+    workspace: Workspace, home: Path, tmp_path: Path, prepared: Path
+) -> None:
+    workspace.replay = prepared
+    run = begun(home, tmp_path)
+    life.advance(run, until="prepare")
+    there = workspace.root / "main/default/files/tunewright" / run.id
+    for name in ("train/checkpoints/checkpoint-6/state.json", "train/manifest.json", "jobs/ranks/rank-0.json"):
+        (there / name).parent.mkdir(parents=True, exist_ok=True)
+        (there / name).write_text("{}")
+    api.open(run.path).forget("train")
+    assert sorted(one.name for one in there.iterdir() if one.is_dir() and any(one.iterdir())) == ["data", "inputs"]
+    assert run.status("prepare") == "done"
+    destroy.destroy(run, base.backend(run.recipe()))
+    assert workspace.standing() == []
+
+
+def test_what_another_made_under_our_name_is_neither_used_nor_removed(
+    workspace: Workspace, home: Path, tmp_path: Path
+) -> None:
+    run = begun(home, tmp_path)
+    life.advance(run, until="plan")
+    backend = DatabricksBackend(run.recipe().backend.model_extra or {})
+    name = f"tunewright-{run.id}"
+    workspace.endpoints[name] = {"name": name, "tags": [], "creation_timestamp": 0}
+    write_json(run.manifest_file("package"), {"mlflow": "models:/main.default.lab/1"})
+    with pytest.raises(EndpointError, match="not of this run"):
+        backend.deploy(run)
+    assert not backend.serving(run)
+    backend.undeploy(run)
+    destroy.destroy(run, backend)
+    assert list(workspace.endpoints) == [name]
+
+
+def test_an_endpoints_name_is_short_enough_and_its_own() -> None:
+    backend = DatabricksBackend({"volume": "a.b.c"})
+    one, other = (backend._endpoint_name(SimpleNamespace(id="a" * 60 + end)) for end in ("-1", "-2"))  # type: ignore[arg-type]
+    assert len(one) <= 63
+    assert one != other
+
+
+@pytest.mark.parametrize("cluster", [None, "theirs"])
+def test_threads_are_set_on_a_cluster_of_our_own_alone(
+    workspace: Workspace, home: Path, tmp_path: Path, prepared: Path, cluster: str | None
+) -> None:
+    workspace.replay = prepared
+    workspace.clusters["1"] = {"cluster_id": "1", "cluster_name": "theirs", "state": "RUNNING"}
+    table = {"threads": 3} | ({"cluster": cluster} if cluster else {})
+    asked = recipe(home, tmp_path, table)
+    problems = base.backend(asked).check(asked, ("prepare",))
+    assert ["backend.threads" in one.message for one in problems] == [True] * bool(cluster)
+    if not cluster:
+        run = begun(home, tmp_path, table)
+        life.advance(run, until="prepare")
+        made = next(one for one in workspace.clusters.values() if one["cluster_name"] != "theirs")
+        assert made["spark_env_vars"] == {"OMP_NUM_THREADS": "3", "MKL_NUM_THREADS": "3"}
+        destroy.destroy(run, base.backend(run.recipe()))
+    assert [one["cluster_name"] for one in workspace.clusters.values()] == ["theirs"]
+
+
 def test_an_unknown_setting_is_refused_by_name() -> None:
     with pytest.raises(RecipeError, match=r"backend\.gpu: unknown key"):
         DatabricksBackend({"volume": "a.b.c", "gpu": True})
@@ -324,7 +445,7 @@ def test_killed_at_any_call_that_makes_something_nothing_is_left_after_destroy(
     for kind in kinds:
         run = begun(home, tmp_path, table)
         life.advance(run, until="plan")
-        words = [sys.executable, "-m", "tunewright.cli", "run", str(run.path), "--until", "deploy"]
+        words = [sys.executable, "-m", "tunewright.cli", "run", str(run.path), "--until", "deploy", "--yes"]
         done = subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         before = len(workspace.calls)
         name, _, place = kind.partition(" ")
@@ -357,6 +478,38 @@ class _AtNumber:
         self.left -= 1
         self.fired = self.left == 0
         self.how = "kill" if self.fired else "none"
+
+
+def test_what_costs_money_is_asked_once_and_scripts_say_yes(
+    workspace: Workspace, home: Path, tmp_path: Path, prepared: Path
+) -> None:
+    workspace.replay = prepared
+    (tmp_path / "recipe.yaml").write_text(recipes.dump(recipe(home, tmp_path)))
+    words = [sys.executable, "-m", "tunewright.cli", "prepare", "recipe.yaml"]
+    wide = os.environ | {"COLUMNS": "200"}
+
+    def said(*more: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [*words, *more],
+            cwd=tmp_path,
+            env=wide,
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+
+    refused = said()
+    assert refused.returncode == 2
+    assert "add --yes" in refused.stderr
+    assert "cluster of 1 Standard_D4ds_v5, ends after 20 idle minutes" in refused.stderr
+    assert "USD an hour" in refused.stderr
+    assert not [call for call in workspace.calls if MAKES.match(call)]
+    assert said("--yes").returncode == 0
+    assert said().returncode == 0  # it was agreed to
+    (run,) = list_runs(tmp_path / "runs")
+    destroy.destroy(run, base.backend(run.recipe()))
+    assert workspace.standing() == []
 
 
 def test_the_command_line_destroys_what_it_made(

@@ -92,7 +92,8 @@ class Workspace:
         self.root = folder / "Volumes"
         self.scratch = folder / "machines"
         self.registry = registry
-        self.volumes = {"main.default.files"}
+        self.volumes = {"main.default.files": ""}
+        """With their comments."""
         self.clusters: dict[str, dict[str, Any]] = {}
         self.runs: dict[int, Run] = {}
         self.tokens: dict[str, int] = {}
@@ -258,8 +259,6 @@ class Workspace:
                 if any(path.iterdir()):
                     raise Refused(400, "FAILED_PRECONDITION", "the directory is not empty")
                 path.rmdir()
-                with contextlib.suppress(OSError):
-                    path.parent.rmdir() if path.parent.name == "tunewright" else None
                 return {}
             found = sorted(path.iterdir())
             return (
@@ -295,20 +294,20 @@ class Workspace:
     def _volume(self, name: str, query: Any) -> Any:
         if name not in self.volumes:
             raise Refused(404, "NOT_FOUND", f"Volume '{name}' does not exist.")
-        return {"full_name": name, "name": name.split(".")[-1]}
+        return {"full_name": name, "name": name.split(".")[-1], "comment": self.volumes[name]}
 
     def _create_volume(self, given: dict[str, Any]) -> Any:
         _hold(catalog.VolumesAPI.create, given)
         name = f"{given['catalog_name']}.{given['schema_name']}.{given['name']}"
         if name in self.volumes:
             raise Refused(409, "ALREADY_EXISTS", f"Volume '{name}' exists.")
-        self.volumes.add(name)
+        self.volumes[name] = given.get("comment", "")
         (self.root / name.replace(".", "/")).mkdir(parents=True)
         return {"full_name": name}
 
     def _delete_volume(self, name: str, given: Any) -> Any:
         self._volume(name, None)
-        self.volumes.discard(name)
+        del self.volumes[name]
         shutil.rmtree(self.root / name.replace(".", "/"))
         return {}
 

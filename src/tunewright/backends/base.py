@@ -20,6 +20,11 @@ STAGES = ("prepare", "train", "evaluate", "package")
 """The stages that a backend is asked for."""
 
 
+Removal = Literal["gone", "going", "kept"]
+ABSENT = "absent"
+"""The `state` of a resource that is recorded and is not there any more."""
+
+
 @dataclass(frozen=True)
 class Problem:
     """Something that would fail, or would not be as asked, at this backend."""
@@ -82,11 +87,45 @@ class Backend(Protocol):
         ...
 
     def find(self, run: Run) -> list[Resource]:
-        """Everything that stands because of this run, recorded or not."""
+        """Everything that stands because of this run, recorded or not; what is recorded and no longer there has the
+        state `ABSENT` among its facts."""
         ...
 
-    def remove(self, resource: Resource, run: Run) -> Literal["gone", "going"]:
-        """Remove a resource. Absent is gone; `going` means ask again."""
+    def remove(self, resource: Resource, run: Run) -> Removal:
+        """Remove a resource. Absent is gone; `going` means ask again; `kept`: it holds what is not this run's."""
+        ...
+
+
+@dataclass(frozen=True)
+class Bill:
+    """What a run makes at a backend and what it costs in all, in US dollars; None where that is not known before."""
+
+    makes: tuple[str, ...]
+    low: float | None
+    high: float | None
+    note: str
+
+    @property
+    def asks(self) -> bool:
+        """Whether a person is to be asked first."""
+        return self.high is None or self.high > 0
+
+
+@runtime_checkable
+class Bills(Protocol):
+    """The extra of backends that know what a run will make and cost."""
+
+    def bill(self, recipe: Recipe, plan: dict[str, Any]) -> Bill:
+        """From what the plan holds so far (tokens, steps); nothing is made and nothing is spent."""
+        ...
+
+
+@runtime_checkable
+class Remembers(Protocol):
+    """The extra of backends that keep what a stage made elsewhere too."""
+
+    def forget(self, stage: str, run: Run) -> None:
+        """Remove there what a stage and those after it left, so that they begin afresh. Absent is fine."""
         ...
 
 

@@ -18,15 +18,15 @@ import sys
 import time
 import urllib.request
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import psutil
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field
 
 from tunewright import errors, ranks
-from tunewright.backends.base import Job, Problem, Resource, Status
-from tunewright.errors import EndpointError, RecipeError, StageError
-from tunewright.recipe import Recipe
+from tunewright.backends.base import Bill, Job, Problem, Removal, Resource, Status
+from tunewright.errors import EndpointError, StageError
+from tunewright.recipe import Recipe, backend_settings
 from tunewright.run import Run, now, read_json, write_json, write_text
 
 CANCEL_S = 60
@@ -56,14 +56,7 @@ class LocalBackend:
     """Stages as child processes of this machine."""
 
     def __init__(self, settings: dict[str, Any]) -> None:
-        try:
-            self.settings = Settings.model_validate(settings)
-        except ValidationError as error:
-            first = error.errors()[0]
-            key = ".".join(map(str, first["loc"]))
-            known = ", ".join(Settings.model_fields)
-            what = f"unknown key; known: {known}" if first["type"] == "extra_forbidden" else first["msg"]
-            raise RecipeError(f"backend.{key}: {what} (backend.kind: local)") from None
+        self.settings = backend_settings(Settings, "local", settings)
 
     def check(self, recipe: Recipe, stages: tuple[str, ...]) -> list[Problem]:
         problems = []
@@ -97,6 +90,9 @@ class LocalBackend:
             if port and not _is_free(recipe.deploy.host, port):
                 problems.append(Problem(_busy(recipe.deploy.host, port)))
         return problems
+
+    def bill(self, recipe: Recipe, plan: dict[str, Any]) -> Bill:
+        return Bill(("run folder", "endpoint process on this machine"), 0.0, 0.0, "runs on this machine")
 
     def submit(self, stage: str, run: Run, *, on: str = "here") -> Job:
         """Asked for more by the backends that start their stages from this machine: `on` is what `work` is told."""
@@ -144,7 +140,7 @@ class LocalBackend:
         ]
         return recorded + strays
 
-    def remove(self, resource: Resource, run: Run) -> Literal["gone", "going"]:
+    def remove(self, resource: Resource, run: Run) -> Removal:
         if resource.kind != "process":
             raise StageError(f"the local backend does not remove a {resource.kind}")
         stage = resource.facts["stage"]

@@ -15,9 +15,9 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-from tunewright.backends.base import Job, Problem, Resource, Status
+from tunewright.backends.base import Bill, Job, Problem, Removal, Resource, Status
 from tunewright.backends.local import LocalBackend, too_few_rows
 from tunewright.recipe import Recipe
 from tunewright.run import Run
@@ -48,6 +48,10 @@ class SparkBackend:
         """What the executors compute on; None leaves it to this machine."""
         return "cuda" if self.settings.gpus and not recipe.train.use_cpu else "cpu"
 
+    def bill(self, recipe: Recipe, plan: dict[str, Any]) -> Bill:
+        makes = ("run folder", "Spark applications, one a stage", "endpoint process on this machine")
+        return Bill(makes, 0.0, 0.0, "nothing beyond the cluster, which is there already")
+
     def submit(self, stage: str, run: Run) -> Job:
         return self.here.submit(stage, run, on="spark" if stage in ON_SPARK else "here")
 
@@ -63,7 +67,7 @@ class SparkBackend:
     def find(self, run: Run) -> list[Resource]:
         return self.here.find(run)
 
-    def remove(self, resource: Resource, run: Run) -> Literal["gone", "going"]:
+    def remove(self, resource: Resource, run: Run) -> Removal:
         return self.here.remove(resource, run)
 
     def deploy(self, run: Run) -> dict[str, Any]:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field
 
-from tunewright.errors import RecipeError
+from tunewright.recipe import backend_settings
 
 
 class Settings(BaseModel):
@@ -24,7 +24,8 @@ class Settings(BaseModel):
     gpus: bool = False
     """Train on the GPUs that Spark gives its tasks (`spark.task.resource.gpu.amount`), by NCCL."""
     partitions: int | None = Field(default=None, ge=1)
-    """Parts that the data is prepared and scored in. Default: three for each slot, of 1,000 rows at least."""
+    """Parts that the data is prepared and scored in. Default: three for each slot, of 2,000 rows at least to
+    prepare and 64 to score."""
     python: str | None = None
     """The executors' Python. Default: the path of this one, or the one in `archive`."""
     archive: str | None = None
@@ -43,11 +44,4 @@ def settings(table: dict[str, Any]) -> Settings:
     Raises:
         RecipeError: it holds something unknown or wrong.
     """
-    try:
-        return Settings.model_validate(table)
-    except ValidationError as error:
-        first = error.errors()[0]
-        key = ".".join(map(str, first["loc"]))
-        known = ", ".join(Settings.model_fields)
-        what = f"unknown key; known: {known}" if first["type"] == "extra_forbidden" else first["msg"]
-        raise RecipeError(f"backend.{key}: {what} (backend.kind: spark)") from None
+    return backend_settings(Settings, "spark", table)

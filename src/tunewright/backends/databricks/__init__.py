@@ -9,6 +9,7 @@ What is not covered: workspaces themselves, and what only a real one can show (d
     settings    what the recipe's `backend` table says
     workspace   who is asked, and what there is to choose from
     volume      files in the volume
+    inputs      what stages read there: data, a base, an adapter, our wheel
     calls       what the SDK's errors mean to a person
     backend     stages as jobs: read this first
 """

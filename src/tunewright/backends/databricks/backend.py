@@ -12,18 +12,17 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import ValidationError
-
+from tunewright import prices, shipping
 from tunewright import recipe as recipes
-from tunewright import shipping
-from tunewright.backends.base import Job, Problem, Resource, Status
+from tunewright.backends.base import ABSENT, Bill, Job, Problem, Removal, Resource, Status
 from tunewright.backends.databricks.calls import explained, gone
+from tunewright.backends.databricks.inputs import SPLITS, Inputs
 from tunewright.backends.databricks.settings import Settings
 from tunewright.backends.databricks.volume import Volume
 from tunewright.backends.databricks.workspace import Workspace
 from tunewright.data import sources
-from tunewright.errors import EndpointError, RecipeError, StageError, UserError
-from tunewright.recipe import Recipe
+from tunewright.errors import EndpointError, StageError, UserError
+from tunewright.recipe import Recipe, backend_settings
 from tunewright.run import MANIFESTS, Run, append_json, read_json, read_json_lines, write_json
 
 TAG = "tunewright-run"
@@ -31,7 +30,6 @@ AWAY_S = 900
 """How long a workspace may be away before a job that runs there is given up (it is not lost: ask again)."""
 STOP_S = 60
 ENDPOINT_S = 3600
-SPLITS = ("train", "test", "validation")
 ENDED = ("TERMINATED", "SKIPPED", "INTERNAL_ERROR")
 FOLDERS = {"prepare": ("data",), "train": ("train",), "evaluate": ("evaluate",), "package": ("package",)}
 """What a stage leaves, and is brought here."""
@@ -43,14 +41,7 @@ class DatabricksBackend:
     """Stages as jobs in a Databricks workspace."""
 
     def __init__(self, given: dict[str, Any]) -> None:
-        try:
-            self.settings = Settings.model_validate(given)
-        except ValidationError as error:
-            first = error.errors()[0]
-            key = ".".join(map(str, first["loc"]))
-            known = ", ".join(Settings.model_fields)
-            what = f"unknown key; known: {known}" if first["type"] == "extra_forbidden" else first["msg"]
-            raise RecipeError(f"backend.{key}: {what} (backend.kind: databricks)") from None
+        self.settings = backend_settings(Settings, "databricks", given)
         self.workspace = Workspace(self.settings)
         self.volume = Volume(lambda: self.workspace.client.files)
         self.looked: dict[str, tuple[float, Status]] = {}
@@ -74,14 +65,10 @@ class DatabricksBackend:
             problems.append(
                 Problem("deploy.content_filter: the endpoint has none of ours; answers are as they are", "warning")
             )
-        for look in (
-            self.workspace.me,
-            self.workspace.runtime,
-            self.workspace.node,
-            self.workspace.policy_id,
-            self.workspace.existing,
-            self.workspace.volume_there,
-        ):
+        if self.settings.threads and self.settings.cluster:
+            said = "backend.threads: a cluster that is there already has its own environment; leave one of them out"
+            problems.append(Problem(said))
+        for look in self.workspace.looks():
             try:
                 look()
             except UserError as error:
@@ -89,6 +76,22 @@ class DatabricksBackend:
                 if look == self.workspace.me:  # nothing else can be known
                     break
         return problems
+
+    def bill(self, recipe: Recipe, plan: dict[str, Any]) -> Bill:
+        """Nobody knows before how long a cluster will run, so its price an hour is all that is said."""
+        asked = self.settings
+        makes = ["run folder", f"folder in volume {asked.volume}", "jobs, one a stage"]
+        if asked.create_volume and not self.workspace.volume_there():
+            makes.append(f"volume {asked.volume}")
+        makes.append("serving endpoint that sleeps when nobody asks" if recipe.tracking.enabled else "no endpoint")
+        if asked.cluster:
+            return Bill(tuple(makes), None, None, f"cluster {asked.cluster} and the endpoint while they run")
+        node, nodes = self.workspace.node(), 1 + asked.workers
+        idle = f"ends after {asked.autotermination_minutes} idle minutes"
+        makes.insert(1, f"cluster of {nodes} {node}, {idle}")
+        rate = prices.of_cluster(prices.read(), node, nodes)
+        said = "at a price not in the table" if rate is None else f"{rate[0]:.2f} to {rate[1]:.2f} USD an hour"
+        return Bill(tuple(makes), None, None, f"the cluster while it runs, {said}, and the endpoint while it is awake")
 
     def device(self, recipe: Recipe) -> str | None:
         return "cuda" if self.settings.gpus and not recipe.train.use_cpu else "cpu"
@@ -150,7 +153,7 @@ class DatabricksBackend:
     # --- what stands ---
 
     def find(self, run: Run) -> list[Resource]:
-        """The ledger's, with what carries this run's name there and is not in it; what is gone there is left out."""
+        """The ledger's, each as it is over there, and what carries this run's name there and is not in the ledger."""
         with explained("looking for what stands"):
             self._bring_ledger(run)
             recorded = {
@@ -160,12 +163,13 @@ class DatabricksBackend:
             }
             there = dict(self._standing(run))
         known = [
-            Resource(one.kind, one.name, one.facts | there.get(key, {}), one.entry) for key, one in recorded.items()
+            Resource(one.kind, one.name, one.facts | there.get(key, _absent(one.kind)), one.entry)
+            for key, one in recorded.items()
         ]
         unrecorded = [Resource(key[0], facts["name"], facts) for key, facts in there.items() if key not in recorded]
         return known + unrecorded
 
-    def remove(self, resource: Resource, run: Run) -> Literal["gone", "going"]:
+    def remove(self, resource: Resource, run: Run) -> Removal:
         kind, facts = resource.kind, resource.facts
         with explained(f"removing {kind} {resource.name}"):
             if kind == "databricks-cluster":
@@ -178,11 +182,12 @@ class DatabricksBackend:
                         return "going"
                     self.workspace.client.jobs.delete_run(known)
             elif kind == "databricks-endpoint":
-                gone(lambda: self.workspace.client.serving_endpoints.delete(resource.name))
+                self._remove_endpoint(run)
             elif kind == "databricks-folder":
                 self.volume.remove_folder(self._home(run))
+                self.volume.remove_if_empty(self._all_runs())
             elif kind == "databricks-volume":
-                gone(lambda: self.workspace.client.volumes.delete(resource.name))
+                return self._remove_volume(run)
             else:
                 raise StageError(f"the databricks backend does not remove a {kind}")
         return "gone"
@@ -199,7 +204,10 @@ class DatabricksBackend:
         entity, _, version = logged.removeprefix("models:/").rpartition("/")
         name = self._endpoint_name(run)
         with explained(f"making endpoint {name}"):
-            if self._endpoint(name) is None:
+            endpoint = self._endpoint(name)
+            if endpoint is not None and not self._is_ours(endpoint, run):
+                raise EndpointError(f"the workspace has an endpoint {name} that is not of this run; remove it first")
+            if endpoint is None:
                 entry = run.intend("databricks-endpoint", name)
                 self.workspace.client.serving_endpoints.create(
                     name,
@@ -231,11 +239,11 @@ class DatabricksBackend:
     def serving(self, run: Run) -> bool:
         with explained("looking at the endpoint"):
             endpoint = self._endpoint(self._endpoint_name(run))
-        return endpoint is not None and _is_ready(endpoint)
+        return endpoint is not None and self._is_ours(endpoint, run) and _is_ready(endpoint)
 
     def undeploy(self, run: Run) -> None:
         with explained("removing the endpoint"):
-            gone(lambda: self.workspace.client.serving_endpoints.delete(self._endpoint_name(run)))
+            self._remove_endpoint(run)
 
     def answer(self, run: Run, messages: list[dict[str, str]], room: int | None) -> tuple[str, int]:
         """The endpoint's answer to a conversation, and no count of tokens: MLflow's models say none."""
@@ -264,7 +272,7 @@ class DatabricksBackend:
         entry = run.intend("databricks-volume", name)
         catalog_name, schema, volume = name.split(".")
         self.workspace.client.volumes.create(
-            catalog_name, schema, volume, catalog.VolumeType.MANAGED, comment=f"made by Tunewright for run {run.id}"
+            catalog_name, schema, volume, catalog.VolumeType.MANAGED, comment=self._volume_comment(run)
         )
         run.made(entry)
 
@@ -292,6 +300,7 @@ class DatabricksBackend:
             data_security_mode=compute.DataSecurityMode(asked.access_mode),
             single_user_name=self.workspace.me() if asked.access_mode == "SINGLE_USER" else None,
             policy_id=self.workspace.policy_id(),
+            spark_env_vars=_threads(asked.threads),
             runtime_engine=compute.RuntimeEngine.STANDARD,
             spark_conf=single if asked.workers == 0 else {},
             custom_tags={**({"ResourceClass": "SingleNode"} if asked.workers == 0 else {}), **self._tags(run)},
@@ -307,66 +316,28 @@ class DatabricksBackend:
             entry = run.intend("databricks-folder", home)
             self.workspace.client.files.create_directory(home)
             run.made(entry)
-        recipe, resolved = self._moved(run, home)
-        there = {name.removeprefix(f"{home}/") for name in self.volume.files(home)}
+        there = self.volume.files(home)
+        inputs = Inputs(self.volume, home, there)
+        recipe, resolved = inputs.moved(run.recipe(), run.resolved())
         for name, content in (
-            ("recipe.yaml", recipes.dump(recipe).encode()),
+            ("recipe.yaml", recipes.dump(self._registered(recipe, resolved)).encode()),
             ("resolved.json", json.dumps(resolved, indent=1).encode()),
             ("state.json", run.state_file.read_bytes()),
             ("plan.json", run.manifest_file("plan").read_bytes()),
         ):
             self.volume.put(f"{home}/{name}", content)
         for left in (f"jobs/{stage}-failure.json", f"jobs/{stage}-progress.json", "jobs/ranks/stop"):
-            if left in there:
+            if f"{home}/{left}" in there:
                 gone(partial(self.workspace.client.files.delete, f"{home}/{left}"))
-        with tempfile.TemporaryDirectory() as folder:
-            wheel = shipping.wheel(Path(folder))
-            content = wheel.read_bytes()
-            target = f"{home}/inputs/{hashlib.sha256(content).hexdigest()[:12]}/{wheel.name}"
-            if target.removeprefix(f"{home}/") not in there:
-                self.volume.put(target, content)
-        return target
+        return inputs.wheel()
 
-    def _moved(self, run: Run, home: str) -> tuple[Recipe, dict[str, Any]]:
-        """The recipe and what was resolved, as they are over there; files that they name are uploaded."""
-        recipe = run.recipe()
-        resolved = run.resolved()
-        there = {name: size for name, size in self.volume.files(home).items() if "/inputs/" in name}
-
-        def sent(path: Path, folder: str) -> str:
-            target = f"{home}/inputs/{folder}/{path.name}"
-            if there.get(target) != path.stat().st_size:
-                with path.open("rb") as file:
-                    self.workspace.client.files.upload(target, file, overwrite=True)
-            return target
-
-        data = {}
-        for split in SPLITS:
-            given = getattr(recipe.data, split)
-            if given is None:
-                continue
-            moved: list[str] = []
-            for number, source in enumerate(given):
-                if not sources.is_file(source) or source.startswith(sources.STARTER):
-                    moved.append(source)
-                    continue
-                moved += [sent(path, f"{split}-{number}") for path in sources.files(source, f"data.{split}")]
-            data[split] = tuple(moved)
-        update: dict[str, Any] = {"data": recipe.data.model_copy(update=data)}
-        model = Path(recipe.model)
-        if (model / "config.json").is_file():
-            for path in sorted(one for one in model.iterdir() if one.is_file()):
-                sent(path, "model")
-            update["model"] = resolved["model"]["source"] = f"{home}/inputs/model"
-            resolved["model"]["name"] = update["model"] if "name" in resolved["model"] else None
-        elif resolved["model"]["kind"] == "starter":
-            resolved["model"]["source"] = "starter"
-        if recipe.package.register_as is None and resolved["tracking"]["uri"].startswith("databricks"):
-            catalog, schema, _ = self.settings.volume.split(".")
-            name = f"{catalog}.{schema}.{recipe.name.replace('-', '_')}"
-            update["package"] = recipe.package.model_copy(update={"register_as": name})
-        resolved["recipe"] = None
-        return recipe.model_copy(update=update), resolved
+    def _registered(self, recipe: Recipe, resolved: dict[str, Any]) -> Recipe:
+        """The recipe with the name of the registered model in Unity Catalog, in three parts."""
+        if recipe.package.register_as is not None or not resolved["tracking"]["uri"].startswith("databricks"):
+            return recipe
+        catalog, schema, _ = self.settings.volume.split(".")
+        name = f"{catalog}.{schema}.{recipe.name.replace('-', '_')}"
+        return recipe.model_copy(update={"package": recipe.package.model_copy(update={"register_as": name})})
 
     def _start(self, stage: str, run: Run, cluster: str, wheel: str) -> Job:
         from databricks.sdk.service import compute, jobs
@@ -502,12 +473,19 @@ class DatabricksBackend:
                 name = f"tunewright {stage} {run.id}"
                 yield ("databricks-job", name), {"name": name, "state": "running", "run_id": known, "stage": stage}
         endpoint = self._endpoint(self._endpoint_name(run))
-        if endpoint is not None and any(tag.key == TAG and tag.value == run.id for tag in endpoint.tags or ()):
-            facts = {"name": endpoint.name, "state": "ready" if _is_ready(endpoint) else "starting"}
-            yield ("databricks-endpoint", endpoint.name), facts | {"since_ms": endpoint.creation_timestamp}
+        if endpoint is not None and self._is_ours(endpoint, run):
+            facts = {
+                "name": endpoint.name,
+                "state": "ready" if _is_ready(endpoint) else "starting",
+                "since_ms": endpoint.creation_timestamp,
+                "workload_size": self.settings.workload_size,
+            }
+            yield ("databricks-endpoint", endpoint.name), facts
         home = self._home(run)
         if self.volume.is_folder(home):
             yield ("databricks-folder", home), {"name": home, "state": "there"}
+        if self._made_volume(run):
+            yield ("databricks-volume", self.settings.volume), {"name": self.settings.volume, "state": "there"}
 
     def _clusters_of(self, run: Run) -> list[Any]:
         return [one for one in self.workspace.client.clusters.list() if (one.custom_tags or {}).get(TAG) == run.id]
@@ -543,10 +521,56 @@ class DatabricksBackend:
                 raise EndpointError(f"endpoint {name} was not ready within {ENDPOINT_S // 60} minutes")
             time.sleep(self.settings.poll_s or 0.1)
 
+    def _is_ours(self, endpoint: Any, run: Run) -> bool:
+        return any(tag.key == TAG and tag.value == run.id for tag in endpoint.tags or ())
+
+    def _made_volume(self, run: Run) -> bool:
+        """Whether this run made the volume, by what was written on it then."""
+        from databricks.sdk.errors import NotFound
+
+        try:
+            return bool(self.workspace.client.volumes.read(self.settings.volume).comment == self._volume_comment(run))
+        except NotFound:
+            return False
+
+    # --- removing ---
+
+    def forget(self, stage: str, run: Run) -> None:
+        """A stage's files in the volume and those of all after it; checkpoints too, so that training begins afresh."""
+        home = self._home(run)
+        later = list(FOLDERS)[list(FOLDERS).index(stage) :] if stage in FOLDERS else ()
+        with explained("removing what the stages left"):
+            for one in later:
+                for folder in FOLDERS[one]:
+                    self.volume.remove_folder(f"{home}/{folder}")
+            if "train" in later:
+                self.volume.remove_folder(f"{home}/jobs/ranks")
+
+    def _remove_endpoint(self, run: Run) -> None:
+        name = self._endpoint_name(run)
+        endpoint = self._endpoint(name)
+        if endpoint is not None and self._is_ours(endpoint, run):
+            gone(lambda: self.workspace.client.serving_endpoints.delete(name))
+
+    def _remove_volume(self, run: Run) -> Removal:
+        """The volume, where this run made it and nobody has put anything else there."""
+        if not self._made_volume(run):
+            return "gone"
+        if self.volume.entries(self._root()):
+            return "kept"
+        gone(lambda: self.workspace.client.volumes.delete(self.settings.volume))
+        return "gone"
+
     # --- files ---
 
+    def _root(self) -> str:
+        return f"/Volumes/{self.settings.volume.replace('.', '/')}"
+
+    def _all_runs(self) -> str:
+        return f"{self._root()}/tunewright"
+
     def _home(self, run: Run) -> str:
-        return f"/Volumes/{self.settings.volume.replace('.', '/')}/tunewright/{run.id}"
+        return f"{self._all_runs()}/{run.id}"
 
     def _bring(self, run: Run, stage: str) -> None:
         """The stage's files, its manifest last; what is here already in its size is not brought again."""
@@ -597,8 +621,22 @@ class DatabricksBackend:
     def _cluster_name(self, run: Run) -> str:
         return f"tunewright-{run.id}"
 
+    def _volume_comment(self, run: Run) -> str:
+        return f"made by Tunewright for run {run.id}"
+
     def _endpoint_name(self, run: Run) -> str:
-        return f"tunewright-{run.id}"[:63]
+        """At most 63 characters; one that is cut keeps what tells it from others."""
+        name = f"tunewright-{run.id}"
+        return name if len(name) <= 63 else f"{name[:52]}-{hashlib.sha256(run.id.encode()).hexdigest()[:10]}"
+
+
+def _absent(kind: str) -> dict[str, Any]:
+    """The state of something recorded that was looked for and not found; MLflow's are not looked for here."""
+    return {"state": ABSENT} if kind.startswith("databricks-") else {}
+
+
+def _threads(asked: int | None) -> dict[str, str] | None:
+    return None if asked is None else {"OMP_NUM_THREADS": str(asked), "MKL_NUM_THREADS": str(asked)}
 
 
 def _is_ready(endpoint: Any) -> bool:

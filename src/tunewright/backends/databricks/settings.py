@@ -43,8 +43,12 @@ class Settings(BaseModel):
     processes: int = Field(default=1, ge=1)
     """Processes that train together, as with `kind: spark`."""
     threads: int | None = Field(default=None, ge=1)
+    """Threads for arithmetic, on a cluster of the run's own. Default: as many as the libraries take."""
     partitions: int | None = Field(default=None, ge=1)
+    """As with `kind: spark`."""
     wait_s: float = Field(default=600, gt=0)
+    """Seconds to wait for the slots that training needs."""
     patience_s: float = Field(default=600, gt=0)
+    """Seconds without a sign of life from a training process after which training is stopped, and it is named."""
     poll_s: float = Field(default=5, ge=0)
     """Seconds between two looks at a job."""

@@ -23,6 +23,10 @@ class Volume:
     def put(self, path: str, content: bytes) -> None:
         self.api().upload(path, io.BytesIO(content), overwrite=True)
 
+    def upload(self, path: str, file: Path) -> None:
+        with file.open("rb") as content:
+            self.api().upload(path, content, overwrite=True)
+
     def files(self, folder: str) -> dict[str, int]:
         """Every file below a folder, and its size in bytes."""
         found: dict[str, int] = {}
@@ -59,6 +63,10 @@ class Volume:
             else:
                 gone(partial(self.api().delete, one.path))
         gone(lambda: self.api().delete_directory(folder))
+
+    def remove_if_empty(self, folder: str) -> None:
+        if self.is_folder(folder) and not self.entries(folder):
+            gone(lambda: self.api().delete_directory(folder))
 
     def download(self, name: str, target: Path, size: int) -> None:
         target.parent.mkdir(parents=True, exist_ok=True)
