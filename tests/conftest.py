@@ -14,10 +14,13 @@ import socket
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 from hypothesis import settings
+
+if TYPE_CHECKING:
+    from tunewright.run import Run
 
 OURS = ("HF_", "HUGGINGFACE_", "HUGGING_FACE_", "TRANSFORMERS_", "MLFLOW_", "OPENAI_", "AZURE_", "DATABRICKS_")
 PROXIES = ("http_proxy", "https_proxy", "all_proxy", "no_proxy")
@@ -84,6 +87,31 @@ def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from tunewright.testing import tiny_model
 
     return tiny_model(tmp_path_factory.mktemp("model") / "tiny")
+
+
+@pytest.fixture(scope="session")
+def packaged_classifier(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """A run that is packaged and logged to an MLflow of its own. Not to be changed."""
+    import yaml
+
+    from tunewright import life
+    from tunewright import recipe as recipes
+    from tunewright.testing import tiny_data, tiny_model
+
+    home = tmp_path_factory.mktemp("packaged")
+    given = {
+        "name": "batch",
+        "model": str(tiny_model(home / "model")),
+        "task": "classification",
+        "data": tiny_data(home / "data"),
+        "train": {"method": "full", "max_steps": 4},
+        "evaluate": {"bootstrap": 200, "baselines": []},
+        "tracking": {"uri": f"sqlite:///{home / 'mlflow.db'}"},
+        "backend": {"kind": "local", "threads": 1},
+    }
+    run = life.start(recipes.loads(yaml.safe_dump(given)), home / "runs")
+    life.advance(run, until="package")
+    return run
 
 
 @pytest.fixture(scope="session")

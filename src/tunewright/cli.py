@@ -713,7 +713,7 @@ def _agree(life: Life, until: str, yes: bool) -> None:
         with screen.Watching() as watcher:
             life.run(until="plan", watcher=watcher)
     planned = run.manifest("plan")
-    if not planned["cost"].get("asks") or any(one["event"] == "agreed" for one in run.events()):
+    if not planned.get("cost", {}).get("asks") or any(one["event"] == "agreed" for one in run.events()):
         return
     if not yes:
         screen.plan(planned, console=screen.err)

@@ -206,7 +206,7 @@ class LocalCompleter:
         """
         from tunewright import scoring
 
-        self._refuse_beyond_context(prompts, 1 + max(tree.depths))
+        self.refuse_beyond_context(prompts, 1 + max(tree.depths))
         scores: list[list[float]] = [[] for _ in prompts]
         done = 0
 
@@ -347,7 +347,7 @@ class LocalCompleter:
         self, prompts: Sequence[list[int]], *, max_new_tokens: int, progress: Progress | None = None
     ) -> list[str]:
         """Greedy answers, without the end-of-turn token, each as long as the context has room for."""
-        self._refuse_beyond_context(prompts)
+        self.refuse_beyond_context(prompts)
         answers = [""] * len(prompts)
         done = 0
         rooms = [self.room(prompt, max_new_tokens) for prompt in prompts]
@@ -414,7 +414,7 @@ class LocalCompleter:
         """
         import torch
 
-        self._refuse_beyond_context([prompt])
+        self.refuse_beyond_context([prompt])
         generator = torch.Generator(device="cpu")
         if seed is None:
             generator.seed()
@@ -448,7 +448,7 @@ class LocalCompleter:
         their own texts."""
         import torch
 
-        self._refuse_beyond_context([list(ids)])
+        self.refuse_beyond_context([list(ids)])
         found: list[Token] = []
         cache = None
         for start in range(0, len(ids) - 1, self._most_kept):
@@ -509,7 +509,7 @@ class LocalCompleter:
         """Places of one batch with logits at most."""
         return LOGITS // self.num_tokens
 
-    def _refuse_beyond_context(self, prompts: Sequence[list[int]], answer: int = 0) -> None:
+    def refuse_beyond_context(self, prompts: Sequence[list[int]], answer: int = 0) -> None:
         # The last token of an answer is only predicted, so it needs no place.
         longest = max(map(len, prompts), default=0)
         if self.context is not None and longest + max(0, answer - 1) > self.context:

@@ -18,6 +18,7 @@ import sys
 import traceback
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from tunewright import ranks
 from tunewright import run as run_folders
@@ -106,25 +107,32 @@ def batch(folder: Path) -> int:
         from tunewright.package import batch as batches
 
         asked = batches.Asked(**said["asked"])
-        if said["spark"] is None:
-            summary = batches.answer_all(asked, progress)
-        else:
-            from tunewright.spark import batching, session
-            from tunewright.spark.settings import settings
-
-            shared = asked.parts.parent / f".{Path(asked.output).name}.tunewright"
-            try:
-                with session.session(settings(said["spark"]), f"tunewright batch {asked.output}", shared) as spark:
-                    summary = batching.answer(asked, spark, progress)
-            finally:
-                shutil.rmtree(shared, ignore_errors=True)
+        with batches.alone(asked):
+            summary = (
+                _batch_on_spark(asked, said["spark"], progress)
+                if said["spark"]
+                else batches.answer_all(asked, progress)
+            )
         write_json(folder / "summary.json", summary)
     except Exception as error:  # noqa: BLE001 - the edge of the process: everything is reported, nothing is hidden
         traceback.print_exc()
-        known = explained(error) or StageError(f"batch failed: {type(error).__name__}: {str(error).splitlines()[:1]}")
+        reason = next(iter(str(error).splitlines()), "")
+        known = explained(error) or StageError(f"batch failed: {type(error).__name__}: {reason}")
         write_json(folder / "failure.json", {"kind": type(known).__name__, "message": str(known)})
         return known.exit_code
     return 0
+
+
+def _batch_on_spark(asked: Any, table: dict[str, Any], progress: Callable[[int, int], None]) -> dict[str, Any]:
+    from tunewright.spark import batching, session
+    from tunewright.spark.settings import settings
+
+    shared = asked.parts.parent / f".{Path(asked.output).name}.tunewright"
+    try:
+        with session.session(settings(table), f"tunewright batch {asked.output}", shared) as spark:
+            return batching.answer(asked, spark, progress)
+    finally:
+        shutil.rmtree(shared, ignore_errors=True)
 
 
 def _report(run: Run, stage: str, kind: str, message: str) -> None:

@@ -60,6 +60,12 @@ def pid_of_rank(run: Run, rank: int) -> int:
     return int(read_json(run.path / "jobs" / "ranks" / f"rank-{rank}.json")["pid"])
 
 
+def executor_of_rank(run: Run, rank: int) -> psutil.Process:
+    """The executor (JVM) that a training process is a descendant of."""
+    above = psutil.Process(pid_of_rank(run, rank)).parents()
+    return next(one for one in above if "CoarseGrainedExecutorBackend" in " ".join(one.cmdline()))
+
+
 def executors(cluster: Path) -> list[psutil.Process]:
     """The executors (JVMs) of the cluster in a folder."""
     return [one for one in _of(cluster) if "CoarseGrainedExecutorBackend" in " ".join(one.cmdline())]

@@ -10,19 +10,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
 from on_spark import executors, kill, when
 from pyarrow import parquet
 
 import tunewright
 from clusters import cluster, stop
-from tunewright import life
-from tunewright import recipe as recipes
 from tunewright.package.batch import Asked
 from tunewright.run import Run
 from tunewright.spark import batching, session
 from tunewright.spark.settings import settings
-from tunewright.testing import tiny_data, tiny_model
 
 
 @pytest.fixture(scope="module")
@@ -39,23 +35,6 @@ def spark(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[An
         yield made
 
 
-@pytest.fixture(scope="module")
-def packaged(tmp_path_factory: pytest.TempPathFactory) -> Run:
-    home = tmp_path_factory.mktemp("packaged")
-    given = {
-        "name": "batch",
-        "model": str(tiny_model(home / "model")),
-        "task": "classification",
-        "data": tiny_data(home / "data"),
-        "train": {"method": "full", "max_steps": 4},
-        "evaluate": {"bootstrap": 200, "baselines": []},
-        "backend": {"kind": "local", "threads": 1},
-    }
-    run = life.start(recipes.loads(yaml.safe_dump(given)), home / "runs")
-    life.advance(run, until="package")
-    return run
-
-
 def write(path: Path, rows: int) -> Path:
     lines = [json.dumps({"id": number, "text": f"lovely {number}"}) for number in range(rows)]
     lines[7] = "{broken"
@@ -64,12 +43,12 @@ def write(path: Path, rows: int) -> Path:
 
 
 @pytest.mark.slow
-def test_the_cluster_answers_as_one_machine_does(spark: Any, packaged: Run, tmp_path: Path) -> None:
+def test_the_cluster_answers_as_one_machine_does(spark: Any, packaged_classifier: Run, tmp_path: Path) -> None:
     source = write(tmp_path / "in.jsonl", 2500)
     told: list[tuple[int, int]] = []
-    asked = Asked(str(packaged.package), [str(source)], str(tmp_path / "there.parquet"))
+    asked = Asked(str(packaged_classifier.package), [str(source)], str(tmp_path / "there.parquet"))
     summary = batching.answer(asked, spark, lambda done, total: told.append((done, total)))
-    here = tunewright.batch(packaged.path, [str(source)], tmp_path / "here.parquet")
+    here = tunewright.batch(packaged_classifier.path, [str(source)], tmp_path / "here.parquet")
     assert (summary["rows"], summary["errors"]) == (here["rows"], here["errors"]) == (2500, 1)
     assert told[-1] == (2500, 2500)
     ours, theirs = (parquet.read_table(tmp_path / f"{name}.parquet").to_pylist() for name in ("there", "here"))
@@ -82,10 +61,12 @@ def test_the_cluster_answers_as_one_machine_does(spark: Any, packaged: Run, tmp_
 
 
 @pytest.mark.slow
-def test_a_table_is_answered(spark: Any, packaged: Run, tmp_path: Path) -> None:
+def test_a_table_is_answered(spark: Any, packaged_classifier: Run, tmp_path: Path) -> None:
     spark.createDataFrame([(f"awful {n}", n) for n in range(60)], "text string, n int").createOrReplaceTempView("asked")
     summary = batching.answer(
-        Asked(str(packaged.package), ["spark:asked"], str(tmp_path / "out"), limit=50), spark, lambda *_: None
+        Asked(str(packaged_classifier.package), ["spark:asked"], str(tmp_path / "out"), limit=50),
+        spark,
+        lambda *_: None,
     )
     assert (summary["rows"], summary["errors"]) == (50, 0)
     found = spark.read.parquet((tmp_path / "out").as_uri())
@@ -95,18 +76,20 @@ def test_a_table_is_answered(spark: Any, packaged: Run, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_mlflows_function_over_a_column_gives_the_same_answers(spark: Any, packaged: Run) -> None:
+def test_mlflows_function_over_a_column_gives_the_same_answers(spark: Any, packaged_classifier: Run) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # MLflow's notes on its own modules
         import mlflow
 
-        uri = packaged.resolved()["tracking"]["uri"]
+        uri = packaged_classifier.resolved()["tracking"]["uri"]
         mlflow.set_tracking_uri(uri)
         mlflow.set_registry_uri(uri)
-        path = mlflow.artifacts.download_artifacts(packaged.manifest("package")["mlflow"])
+        path = mlflow.artifacts.download_artifacts(packaged_classifier.manifest("package")["mlflow"])
         answer = mlflow.pyfunc.spark_udf(spark, path, result_type="prediction string", env_manager="local")
-    known = [row for row in parquet.read_table(packaged.predictions_file).to_pylist() if row["model"] == "tuned"]
-    frame = spark.createDataFrame(_texts(packaged), "text string")
+    known = [
+        row for row in parquet.read_table(packaged_classifier.predictions_file).to_pylist() if row["model"] == "tuned"
+    ]
+    frame = spark.createDataFrame(_texts(packaged_classifier), "text string")
     said = frame.select(answer(frame["text"]).getField("prediction").alias("said")).collect()
     assert [row["said"] for row in said] == [row["prediction"] for row in known]
 
@@ -118,10 +101,10 @@ def _texts(run: Run) -> list[tuple[str]]:
 
 @pytest.mark.slow
 def test_an_executor_that_is_killed_costs_time_and_no_row(
-    spark: Any, folder: Path, packaged: Run, tmp_path: Path
+    spark: Any, folder: Path, packaged_classifier: Run, tmp_path: Path
 ) -> None:
     source = write(tmp_path / "in.jsonl", 20_000)
-    asked = Asked(str(packaged.package), [str(source)], str(tmp_path / "out"))
+    asked = Asked(str(packaged_classifier.package), [str(source)], str(tmp_path / "out"))
 
     def strike() -> None:
         when(lambda: len(list(asked.parts.glob("part-*.json"))) >= 3)

@@ -6,6 +6,8 @@ by one rename. A part that is done is not done again, so a killed batch goes on 
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import functools
 import json
 import os
@@ -20,7 +22,7 @@ from tunewright.data.pieces import Piece
 from tunewright.data.sources import Broken, Row
 from tunewright.errors import RunError
 from tunewright.package.predictor import Columns, Predictor
-from tunewright.run import read_json, replacing, write_json, write_text
+from tunewright.run import lock, read_json, replacing, write_json, write_text
 
 ROWS_OF_A_PART = 1000
 BYTES_OF_A_PIECE = 2**22
@@ -94,6 +96,39 @@ def answer_all(asked: Asked, progress: Callable[[int, int], None]) -> dict[str, 
             counts[key] += count
         progress(counts["rows"], rows)
     return finish(asked, shares, counts)
+
+
+@contextlib.contextmanager
+def alone(asked: Asked) -> Iterator[None]:
+    """Hold the output while it is written: a batch whose command was killed may live on, and two would mix their parts.
+
+    Raises:
+        RunError: another process writes it.
+    """
+    path = asked.parts.with_suffix(".lock")
+    handle = _take(path, asked.output)
+    try:
+        yield
+    finally:
+        path.unlink(missing_ok=True)
+        os.close(handle)
+
+
+def _take(path: Path, output: str) -> int:
+    while True:
+        handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            lock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            number = os.pread(handle, 32, 0).decode()
+            os.close(handle)
+            said = f"{output}: process {number} is writing it; wait for it or stop it, or name another --output"
+            raise RunError(said) from None
+        if path.exists() and os.path.samestat(os.fstat(handle), path.stat()):
+            os.ftruncate(handle, 0)
+            os.pwrite(handle, str(os.getpid()).encode(), 0)
+            return handle
+        os.close(handle)  # whoever held it has just removed it
 
 
 def begin(asked: Asked, plan: Callable[[Path], list[Share]]) -> list[Share]:
@@ -245,11 +280,38 @@ def _join_parquet(parts: Sequence[Path], output: Path) -> None:
     import pyarrow
     from pyarrow import parquet
 
-    schema = pyarrow.unify_schemas([parquet.read_schema(part) for part in parts], promote_options="permissive")
+    schemas = [parquet.read_schema(part) for part in parts]
+    mixed = [name for name in dict.fromkeys(name for one in schemas for name in one.names) if not _agree(schemas, name)]
+    schemas = [_as_text(schema.empty_table(), mixed).schema for schema in schemas]
+    schema = pyarrow.unify_schemas(schemas, promote_options="permissive")
     with replacing(output) as file, parquet.ParquetWriter(file, schema) as writer:
         for part in parts:
-            table = parquet.read_table(part)
+            table = _as_text(parquet.read_table(part), mixed)
             writer.write_table(pyarrow.concat_tables([schema.empty_table(), table], promote_options="permissive"))
+
+
+def _agree(schemas: Sequence[Any], name: str) -> bool:
+    """Whether a column has one type in all parts, or types that one can hold."""
+    import pyarrow
+
+    fields = [pyarrow.schema([schema.field(name)]) for schema in schemas if name in schema.names]
+    try:
+        pyarrow.unify_schemas(fields, promote_options="permissive")
+    except (pyarrow.ArrowInvalid, pyarrow.ArrowTypeError):
+        return False
+    return True
+
+
+def _as_text(table: Any, names: Sequence[str]) -> Any:
+    """The table with some of its columns as JSON, texts as they are."""
+    import pyarrow
+
+    for name in names:
+        if name in table.column_names and not pyarrow.types.is_string(table.schema.field(name).type):
+            values = [None if one is None else json.dumps(one, default=str) for one in table.column(name).to_pylist()]
+            place = table.column_names.index(name)
+            table = table.set_column(place, name, pyarrow.array(values, pyarrow.string()))
+    return table
 
 
 def _fingerprint(package: Path) -> str:

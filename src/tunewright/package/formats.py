@@ -64,6 +64,7 @@ def package(run: Run, tracker: Tracker) -> None:
             "labels": labels,
             "system": recipe.data.system,
             "max_length": run.resolved()["max_length"],
+            "max_new_tokens": recipe.max_new_tokens,
         },
     )
     text = card(run, recipe)

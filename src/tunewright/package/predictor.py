@@ -67,7 +67,7 @@ class Predictor:
         self.task: str = rendering["task"]
         self.labels: list[str] | None = rendering["labels"]
         self.system: str | None = rendering["system"]
-        self.room = max_new_tokens or rendering.get("max_new_tokens") or 64
+        self.room = max_new_tokens or rendering["max_new_tokens"]
         self.tree = self.completer.tree(self.labels) if self.labels is not None else None
 
     def answer(self, rows: Sequence[Row | Broken], columns: Columns) -> list[dict[str, Any]]:
@@ -87,7 +87,7 @@ class Predictor:
             answers[-1] = answer
             try:
                 prompt = self._prompt(row, columns.named(row.fields))
-                self.completer._refuse_beyond_context([prompt], self._least())
+                self.completer.refuse_beyond_context([prompt], self._least())
                 asked.append((len(answers) - 1, prompt))
             except DataError as error:
                 answer["error"] = f"{row.where}: {error}"
@@ -125,7 +125,7 @@ class Predictor:
 
     def _least(self) -> int:
         """Tokens that must fit behind a prompt."""
-        return 1 if self.tree is None else max(len(path) for path in self.tree.paths)
+        return 1 if self.tree is None else 1 + max(self.tree.depths)
 
     def _prompt(self, row: Row, columns: Columns) -> list[int]:
         """What the model goes on from, as evaluation asked it."""
