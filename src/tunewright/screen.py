@@ -43,16 +43,7 @@ class Bar:
     """A progress bar for one thing."""
 
     def __init__(self, what: str) -> None:
-        self.bar = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(),
-            TaskProgressColumn(),
-            TextColumn("{task.completed:,.0f} of {task.total:,.0f} rows"),
-            TimeRemainingColumn(compact=True),
-            console=err,
-            transient=True,
-            disable=not err.is_terminal,
-        )
+        self.bar = _bar("{task.description}", "{task.completed:,.0f} of {task.total:,.0f} rows")
         self.what = what
         self.task: TaskID | None = None
 
@@ -75,16 +66,7 @@ class Watching(Watcher):
     """A progress bar for the stage at hand and a line for each that is done."""
 
     def __init__(self) -> None:
-        self.bar = Progress(
-            TextColumn("{task.description:>9}"),
-            BarColumn(),
-            TaskProgressColumn(),
-            TextColumn("{task.fields[note]}"),
-            TimeRemainingColumn(compact=True),
-            console=err,
-            transient=True,
-            disable=not err.is_terminal,
-        )
+        self.bar = _bar("{task.description:>9}", "{task.fields[note]}")
         self.task: TaskID | None = None
         self.began = 0.0
         self.said = 0.0
@@ -201,6 +183,20 @@ def checked_json(found: Checked) -> dict[str, Any]:
         "data": found.data.checks() | {"findings": list(map(asdict, found.data.findings))} if found.data else None,
         "rendering": found.rendering.to_dict() if found.rendering else None,
     }
+
+
+def _bar(what: str, note: str) -> Progress:
+    """A progress bar on a terminal, nothing elsewhere."""
+    return Progress(
+        TextColumn(what),
+        BarColumn(),
+        TaskProgressColumn(),
+        TextColumn(note),
+        TimeRemainingColumn(compact=True),
+        console=err,
+        transient=True,
+        disable=not err.is_terminal,
+    )
 
 
 def findings(found: dict[str, Any], rest: str, *, console: Console = err) -> None:

@@ -23,7 +23,7 @@ from hypothesis import strategies as st
 from tunewright import chat, models
 from tunewright import recipe as recipes
 from tunewright.chat import Equipment, Example, Message
-from tunewright.data import prepare
+from tunewright.data import account, prepare
 from tunewright.data.findings import FIRST, Finding
 from tunewright.data.prepare import pieces, shuffled, source_fingerprint
 from tunewright.errors import DataError, ModelError, RunError
@@ -710,7 +710,7 @@ def test_pieces_cover_every_token_exactly_once(length: int, size: int) -> None:
     assert not any(piece.mask[0] for piece in cut)
     for before, after in itertools.pairwise(cut):
         assert after.ids[0] == before.ids[-1]
-    assert len(cut) == prepare._num_pieces(length, size)
+    assert len(cut) == account.num_pieces(length, size)
 
 
 def test_a_row_whose_only_turn_to_learn_the_template_rewrites_is_left_out_by_name(here: Path, tmp_path: Path) -> None:

@@ -3,7 +3,7 @@
 The order of things: read, hold out a test set where none is named, shuffle and select, shape, check, clip.
 `write` does it all and leaves the result in the run folder, data/checks.json last; `assemble` without a run does the
 same and leaves nothing behind but the account. Both go through the rows one by one: what is kept in memory for each is
-a few numbers (its place, its lengths, a hash of what it says).
+a few bytes (its place, and a hash of what it says).
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ import contextlib
 import hashlib
 import json
 import os
-from array import array
 from collections import Counter, deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -24,6 +23,7 @@ import numpy as np
 from tunewright import chat
 from tunewright.chat import Clipped, Equipment, Example
 from tunewright.data import shapes, sources, tokens
+from tunewright.data.account import Kept, Seen
 from tunewright.data.findings import Finding, Findings
 from tunewright.data.sources import Broken, Row, Rows, Table
 from tunewright.data.tokens import TokenStore, TokenWriter
@@ -35,8 +35,6 @@ from tunewright.run import Run, read_json_lines, replacing, write_json
 SPLITS = ("train", "test", "validation")
 STEPS = ("shape", "labels", "fit")
 """What is looked at in a split's rows. The findings of one step stand together, before those of the next."""
-COMPARED = ("train", "test")
-"""Splits that are looked through for the same texts."""
 MIN_PRETRAINING_TOKENS = 2
 BLOCK_ROWS, BLOCK_CHARACTERS = 256, 2**20
 """Rows that are tokenised together: at most so many, and about so many characters."""
@@ -257,11 +255,6 @@ def pieces(whole: chat.Rendering, max_length: int) -> list[chat.Rendering]:
     return cut
 
 
-def _num_pieces(lengths: Any, max_length: int) -> Any:
-    """How many pieces there are of a text, or of each of an array of them."""
-    return np.maximum(1, -((1 - lengths) // (max_length - 1)))
-
-
 def examples(run: Run, split: str) -> list[Example]:
     """The prepared rows of a split."""
     return [Example.from_dict(row) for row in read_json_lines(run.data_file(split))]
@@ -315,7 +308,7 @@ def _tables(recipe: Recipe) -> tuple[dict[str, Table], list[Finding]]:
     }
     for split, table in tables.items():
         if not len(table.rows):
-            raise DataError(f"data.{split}: {', '.join(table.names)} holds no rows")
+            raise without_rows(split, table.names)
     if "test" not in tables and data.split.test:
         whole = tables["train"]
         sides = (held_out(row, data.split.test, data.split.seed) for row in whole.rows)
@@ -337,6 +330,10 @@ def _tables(recipe: Recipe) -> tuple[dict[str, Table], list[Finding]]:
         missed = np.setdiff1d(_broken(table.rows), order)
         tables[split] = Table(table.names, sources.Some(table.rows, np.append(order, missed)), table.classes)
     return tables, notes
+
+
+def without_rows(split: str, names: Sequence[str]) -> DataError:
+    return DataError(f"data.{split}: {', '.join(names)} holds no rows")
 
 
 def too_few_to_hold_out(rows: int, share: float) -> str:
@@ -593,67 +590,6 @@ def _alone() -> Iterator[None]:
             os.environ[OWN_THREADS] = before
 
 
-class Kept:
-    """Counts the rows that are used (lengths, classes, the fingerprint of what they say) and those that are not. What
-    parts of a split count adds up to what the whole does."""
-
-    def __init__(self, max_length: int | None) -> None:
-        """`max_length` is where texts are cut in pieces; None where each row is one sequence."""
-        self.max_length = max_length
-        self.rejected = self.truncated = self.tokens_cut = self.used = 0
-        self.totals: Counter[int] = Counter()
-        self.answers: Counter[int] = Counter()
-        """Length in tokens (all, and those that are learnt) -> rows of it."""
-        self.labels: Counter[str | None] = Counter()
-        self.digest = hashlib.sha256()
-        self.digests: bytearray | None = None
-        """Each row's own, where a part keeps them for the whole."""
-
-    def add(self, example: Example, rendering: chat.Rendering) -> None:
-        self.used += 1
-        self.totals[len(rendering.ids)] += 1
-        self.answers[rendering.num_targets] += 1
-        self.labels[example.label] += 1
-        said = {key: value for key, value in example.to_dict().items() if key not in ("id", "source")}
-        own = hashlib.sha256(json.dumps(said, sort_keys=True, ensure_ascii=False).encode()).digest()
-        self.digest.update(own)
-        if self.digests is not None:
-            self.digests += own
-
-    def counts(self) -> dict[str, Any]:
-        """What a part counted, for `merge`."""
-        names = ("rejected", "truncated", "tokens_cut", "used", "totals", "answers", "labels")
-        return {name: getattr(self, name) for name in names}
-
-    def merge(self, counts: dict[str, Any]) -> None:
-        """Add what a part counted (not its digests, which the whole is fed in order)."""
-        for name, value in counts.items():
-            if isinstance(value, int):
-                setattr(self, name, getattr(self, name) + value)
-            else:
-                getattr(self, name).update(value)
-
-    def account(self) -> dict[str, Any]:
-        lengths = np.array(sorted(self.totals), dtype=np.int64)
-        rows = np.array([self.totals[length] for length in lengths.tolist()], dtype=np.int64)
-        pieces_of_all = (
-            self.used if self.max_length is None else int((_num_pieces(lengths, self.max_length) * rows).sum())
-        )
-        return {
-            "rejected": self.rejected,
-            "truncated": self.truncated,
-            "tokens_cut": self.tokens_cut,
-            "used": self.used,
-            "sequences": pieces_of_all,
-            "tokens": {
-                "total": _distribution(self.totals),
-                "answer": _distribution(self.answers),
-                "sum": int((lengths * rows).sum()),
-            },
-            "sha256": self.digest.hexdigest(),
-        }
-
-
 Put = Callable[[Example, chat.Rendering], int]
 
 
@@ -715,83 +651,3 @@ def _stop_where_empty(split: str, result: Assembled) -> None:
         why = ", ".join(f"{count} {code}" for code, count in reasons.most_common(3))
         names = ", ".join(result.splits[split]["source"])
         raise DataError(f"data.{split}: no usable row in {names} ({why or 'it is empty'})")
-
-
-class Seen:
-    """Finds test rows whose prompt stands in the training rows too: they make the test look better than it is.
-
-    Of each row a hash of 8 bytes is kept, and its place: two different rows among a million have the same hash with a
-    probability of 3e-8.
-    """
-
-    def __init__(self) -> None:
-        self.hashes = {split: array("Q") for split in COMPARED}
-        self.places = {split: _Places() for split in COMPARED}
-
-    def add(self, split: str, example: Example) -> None:
-        if split not in self.hashes:
-            return
-        said = example.text if example.text is not None else "\0".join(one.content for one in example.prompt)
-        plain = " ".join(said.casefold().split()).encode(errors="surrogatepass")
-        self.hashes[split].append(int.from_bytes(hashlib.blake2b(plain, digest_size=8).digest(), "little"))
-        self.places[split].append(example.source)
-
-    def findings(self) -> Iterable[Finding]:
-        trained, first = np.unique(np.array(self.hashes["train"], dtype=np.uint64), return_index=True)
-        tested = np.array(self.hashes["test"], dtype=np.uint64)
-        at = np.minimum(np.searchsorted(trained, tested), max(0, len(trained) - 1))
-        for row in np.flatnonzero(trained[at] == tested) if len(trained) else ():
-            yield seen_in_training(self.places["test"][int(row)], self.places["train"][int(first[at[row]])])
-
-
-def seen_in_training(tested: str, trained: str) -> Finding:
-    return Finding("seen_in_training", "warning", tested, f"the same text is a training row: {trained}", "test")
-
-
-class _Places:
-    """Where rows were found: what stands before the number (the file) once, and 12 bytes for each row."""
-
-    def __init__(self) -> None:
-        self.names: list[str] = []
-        self.known: dict[str, int] = {}
-        self.name, self.number = array("i"), array("q")
-
-    def append(self, where: str) -> None:
-        name = where.rstrip("0123456789")
-        number = where[len(name) :]
-        if not number or str(int(number)) != number or len(number) > 18:
-            name, number = where, "-1"
-        if name not in self.known:
-            self.known[name] = len(self.names)
-            self.names.append(name)
-        self.name.append(self.known[name])
-        self.number.append(int(number))
-
-    def __getitem__(self, row: int) -> str:
-        name, number = self.names[self.name[row]], self.number[row]
-        return f"{name}{number}" if number >= 0 else name
-
-
-def _distribution(counts: Counter[int]) -> dict[str, float]:
-    """Of so many values of each size, as NumPy has them of the values one by one."""
-    if not counts:
-        return {}
-    values = np.array(sorted(counts), dtype=np.int64)
-    ends = np.cumsum([counts[value] for value in values.tolist()])
-    whole = int(ends[-1])
-
-    def at(share: float) -> float:
-        """The value at a share of the way, in between two by their distances (NumPy's `linear`)."""
-        place = share * (whole - 1)
-        low = int(place)
-        one, other = (float(values[np.searchsorted(ends, one, side="right")]) for one in (low, min(low + 1, whole - 1)))
-        part = place - low
-        return one + (other - one) * part if part < 0.5 else other - (other - one) * (1 - part)
-
-    return {
-        "min": int(values[0]),
-        "median": at(0.5),
-        "mean": round(sum(value * count for value, count in counts.items()) / whole, 2),
-        "p95": at(0.95),
-        "max": int(values[-1]),
-    }

@@ -8,11 +8,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tunewright.data import pieces, sources
-from tunewright.errors import TunewrightError, from_name
 from tunewright.package import batch
 from tunewright.package.batch import Asked, Share
 from tunewright.package.predictor import Predictor
-from tunewright.spark import session
+from tunewright.spark import session, tasks
 
 if TYPE_CHECKING:
     from pyspark.sql import SparkSession
@@ -46,19 +45,13 @@ def answer(asked: Asked, spark: SparkSession, progress: Callable[[int, int], Non
 def _collect(spark: SparkSession, given: list[Any], work: Callable[[Any], Any], here: str, doing: str) -> list[Any]:
     def one(item: Any) -> Iterator[Any]:
         sources.see_from(Path(here))
-        try:
-            yield "done", work(item)
-        except TunewrightError as error:
-            yield "failed", (type(error).__name__, str(error))
+        return tasks.guarded(lambda: work(item))
 
     try:
         found = spark.sparkContext.parallelize(given, max(1, len(given))).flatMap(one).collect()
     except Exception as error:
         raise session.failed(error, doing) from error
-    for what, value in found:
-        if what == "failed":
-            raise from_name(*value)
-    return [value for _, value in found]
+    return list(tasks.values(found))
 
 
 # --- in a task ---

@@ -12,7 +12,7 @@ import contextlib
 import os
 import shutil
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -20,17 +20,18 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import numpy as np
 
 from tunewright import chat, models
-from tunewright.data import pieces, shapes, sources, tokens
+from tunewright.data import account, pieces, shapes, sources, tokens
 from tunewright.data import prepare as preparing
+from tunewright.data.account import Kept
 from tunewright.data.findings import Finding, Findings
 from tunewright.data.pieces import Piece
-from tunewright.data.prepare import SPLITS, STEPS, Assembled, Kept, Rules
+from tunewright.data.prepare import SPLITS, STEPS, Assembled, Rules
 from tunewright.data.sources import Broken, Row, Table
-from tunewright.errors import DataError, TunewrightError, from_name
+from tunewright.errors import DataError, TunewrightError
 from tunewright.models import ModelRef
 from tunewright.recipe import Recipe
 from tunewright.run import Run, write_json
-from tunewright.spark import session
+from tunewright.spark import session, tasks
 from tunewright.spark.settings import Settings
 
 if TYPE_CHECKING:
@@ -120,7 +121,7 @@ class _Preparation:
         }
         for name, split in found.items():
             if not split.rows:
-                raise DataError(f"data.{name}: {', '.join(split.names)} holds no rows")
+                raise preparing.without_rows(name, split.names)
         if "test" not in found and data.split.test:
             whole = found["train"]
             counts = self._collect(whole.pieces, _count_held, data.split.test, data.split.seed)
@@ -212,10 +213,10 @@ class _Preparation:
     def _labels(self, rows: RDD[Any], shape: shapes.Shape | None, split: _Split) -> list[str]:
         maker = _Maker(self.recipe, shape.first if shape else None, split.classes, self.ref, str(self.here))
         found = self._run(
-            lambda: rows.mapPartitions(lambda part: _guarded(lambda: _labels_of(maker, part))).collect(),
+            lambda: rows.mapPartitions(lambda part: tasks.guarded(lambda: _labels_of(maker, part))).collect(),
             "reading labels",
         )
-        return preparing.sorted_labels({label for labels in _values(found) for label in labels})
+        return preparing.sorted_labels({label for labels in tasks.values(found) for label in labels})
 
     def _sift(
         self,
@@ -232,7 +233,7 @@ class _Preparation:
         folder.mkdir()
         threads = self.asked.threads or 1
         done = rows.mapPartitionsWithIndex(
-            lambda number, part: _guarded(lambda: _sift_part(maker, rules, number, part, folder, threads))
+            lambda number, part: tasks.guarded(lambda: _sift_part(maker, rules, number, part, folder, threads))
         )
         parts, before = rows.getNumPartitions(), self.done
 
@@ -240,7 +241,7 @@ class _Preparation:
             self.run.set_progress("prepare", before + split.rows * there // parts, self.total)
 
         with session.followed(self.spark, f"prepare {rules.split} of {self.run.id}", parts, told):
-            found: list[_Sifted] = list(_values(self._run(done.collect, "preparing rows")))
+            found: list[_Sifted] = list(tasks.values(self._run(done.collect, "preparing rows")))
         for sifted in found:
             kept.merge(sifted.counts)
             kept.digest.update(sifted.digests.read_bytes())
@@ -263,7 +264,7 @@ class _Preparation:
             lambda: both.toLocalIterator(prefetchPartitions=True), "looking for test rows among the others"
         )
         for row in rows:
-            yield preparing.seen_in_training(row["where"], row["trained"])
+            yield account.seen_in_training(row["where"], row["trained"])
 
     def _collect(self, found: Sequence[Piece], work: Callable[..., One], *more: Any) -> list[One]:
         """What a function says of each piece, in their order."""
@@ -272,10 +273,10 @@ class _Preparation:
 
         def one(piece: Piece) -> Iterator[Any]:
             sources.see_from(Path(here))
-            return _guarded(lambda: work(piece, *more))
+            return tasks.guarded(lambda: work(piece, *more))
 
         job = context.parallelize(found, max(1, len(found))).flatMap(one)
-        return list(_values(self._run(job.collect, "reading files")))
+        return list(tasks.values(self._run(job.collect, "reading files")))
 
     def _run(self, job: Callable[[], Any], doing: str) -> Any:
         try:
@@ -349,22 +350,6 @@ _tokenizers: dict[ModelRef, Any] = {}
 """Loaded, and given their chat template, once for each Python worker."""
 
 
-def _guarded(work: Callable[[], Any]) -> Iterator[Any]:
-    """A task's value; an error for a person is a value too, since Spark would hide its words in a traceback."""
-    try:
-        yield ("done", work())
-    except TunewrightError as error:
-        yield ("failed", (type(error).__name__, str(error)))
-
-
-def _values(found: Iterable[Any]) -> Iterator[Any]:
-    """The values, in the order of the parts, up to the first error."""
-    for what, value in found:
-        if what == "failed":
-            raise from_name(*value)
-        yield value
-
-
 def _count(piece: Piece) -> tuple[int, int]:
     return pieces.count(piece)
 
@@ -425,7 +410,7 @@ def _sift_part(
     findings = Findings([(rules.split, step) for step in STEPS])
     kept = Kept(rules.max_length if rules.recipe.task == "pretraining" else None)
     kept.digests = bytearray()
-    seen = preparing.Seen()
+    seen = account.Seen()
     size = 0
     with _Files(folder, number, ("rows", "tokens", "mask", "sequences")) as files:
         store = tokens.TokenWriter(files["tokens"], files["mask"], files["sequences"], headers=False)
@@ -443,14 +428,14 @@ def _sift_part(
         for step in STEPS:
             lines, counts, first = findings.part((rules.split, step))
             found[step] = (files.write(step, lines), counts, first)
-        if rules.split in preparing.COMPARED:
+        if rules.split in account.COMPARED:
             _write_seen(files.new("seen.parquet"), seen, rules.split, number)
     paths = {name: files.path(name) for name in ("rows", "tokens", "mask", "sequences")}
     part = tokens.Part(**paths, num_rows=kept.used, num_tokens=store.end, num_sequences=store.count, num_bytes=size)
     return _Sifted(part, files.path("digests"), kept.counts(), found)
 
 
-def _write_seen(path: Path, seen: preparing.Seen, split: str, number: int) -> None:
+def _write_seen(path: Path, seen: account.Seen, split: str, number: int) -> None:
     import pyarrow
     from pyarrow import parquet
 

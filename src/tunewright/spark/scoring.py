@@ -8,17 +8,17 @@ from __future__ import annotations
 
 import pickle
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from tunewright import tracking
 from tunewright.chat import Example
-from tunewright.errors import TunewrightError, from_name
 from tunewright.evaluate import measure
 from tunewright.evaluate.measure import Progress
 from tunewright.run import Run
-from tunewright.spark import session
+from tunewright.spark import session, tasks
 from tunewright.spark.settings import Settings
 
 if TYPE_CHECKING:
@@ -59,12 +59,7 @@ def _ask(
             found = {row["part"]: pickle.loads(row["said"]) for row in said.collect()}
     except Exception as error:
         raise session.failed(error, f"asking the {name} model") from error
-    answers: list[dict[str, Any]] = []
-    for number in range(len(sent)):
-        what, value = found[number]
-        if what == "failed":
-            raise from_name(*value)
-        answers.append(value)
+    answers: list[dict[str, Any]] = list(tasks.values(found[number] for number in range(len(sent))))
     progress(len(rows), len(rows))
     return {key: _joined([one[key] for one in answers]) for key in answers[0]}
 
@@ -89,17 +84,14 @@ def _answering(path: str, name: str) -> Callable[[Iterator[Any]], Iterator[Any]]
 
         for frame in frames:
             for part, rows in zip(frame["part"], frame["rows"], strict=True):
-                yield pd.DataFrame({"part": [part], "said": [pickle.dumps(_guarded(path, name, pickle.loads(rows)))]})
+                (said,) = tasks.guarded(partial(_said, path, name, pickle.loads(rows)))
+                yield pd.DataFrame({"part": [part], "said": [pickle.dumps(said)]})
 
     return answer
 
 
-def _guarded(path: str, name: str, rows: list[Example]) -> tuple[str, Any]:
-    """Answers; an error for a person is a value too, since Spark would hide its words in a traceback."""
-    try:
-        if path not in _models:
-            _models.clear()
-            _models[path] = measure.Asked(Run.open(path))
-        return "done", _models[path](name, rows, lambda done, total: None)
-    except TunewrightError as error:
-        return "failed", (type(error).__name__, str(error))
+def _said(path: str, name: str, rows: list[Example]) -> dict[str, Any]:
+    if path not in _models:
+        _models.clear()
+        _models[path] = measure.Asked(Run.open(path))
+    return _models[path](name, rows, lambda done, total: None)

@@ -11,7 +11,6 @@ import ipaddress
 import os
 import platform
 import re
-import shutil
 import sys
 import tempfile
 import threading
@@ -83,7 +82,6 @@ def session(asked: Settings, name: str, shared: Path | None, **conf: str) -> Ite
         builder = builder.master(asked.master)
     for key, value in {**_defaults(asked, shared), **conf, **_given(asked)}.items():
         builder = builder.config(key, value)
-    kept = Path(tempfile.mkdtemp(prefix="tunewright-spark-"))
     # What the executors start; Spark reads it from the environment alone where no spark-submit comes before.
     os.environ["PYSPARK_PYTHON"] = asked.python or ("./environment/bin/python" if asked.archive else sys.executable)
     try:
@@ -91,14 +89,14 @@ def session(asked: Settings, name: str, shared: Path | None, **conf: str) -> Ite
     except Exception as error:  # py4j's, whose class says nothing; its cause is a line of Java
         raise UserError(f"no Spark session at {asked.master or 'the default master'}: {cause(error)}") from error
     spark.sparkContext.setLogLevel("WARN")
-    try:
-        if shared is None:
-            _send(spark, kept)
-        compare(spark)
-        yield spark
-    finally:
-        spark.stop()
-        shutil.rmtree(kept)
+    with tempfile.TemporaryDirectory(prefix="tunewright-spark-", ignore_cleanup_errors=True) as kept:
+        try:
+            if shared is None:
+                _send(spark, Path(kept))
+            compare(spark)
+            yield spark
+        finally:
+            spark.stop()
 
 
 def compare(spark: SparkSession) -> list[dict[str, Any]]:
