@@ -7,7 +7,7 @@ import sys
 
 import torch
 
-from bench import accuracy, preparing, scaling, scoring, server, spark, train
+from bench import accuracy, constants, preparing, scaling, scoring, server, spark, train
 
 BENCHMARKS = {
     "train": train.main,
@@ -16,6 +16,7 @@ BENCHMARKS = {
     "preparing": preparing.main,
     "server": server.main,
     "spark": spark.main,
+    "constants": constants.main,
     "scaling": scaling.main,
 }
 

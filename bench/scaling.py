@@ -1,4 +1,5 @@
-"""What 8, 64 and 512 executors would give, from constants that `python -m bench spark` measured: a small simulation.
+"""What 8, 64 and 512 executors would give: a small simulation, from constants that `python -m bench spark` (`row_s`,
+`load_s`) and `python -m bench constants` (the others) measured, and some that are assumed and say so.
 
 Tasks take times drawn around their share of the work (log-normal) and are handed to whichever slot is free; what the
 driver does alone is added. `python -m bench scaling` prints the tables of docs/scaling.md.

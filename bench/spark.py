@@ -215,7 +215,13 @@ def _package(folder: Path, model: Path) -> Path:
         weights.save_pretrained(str(folder / "model"))
         tokenizer.save_pretrained(str(folder / "model"))
     rendering = chat.golden(tokenizer, equipment, [[chat.Message("user", "a"), chat.Message("assistant", "b")]])
-    facts = {"task": "classification", "labels": ["good", "bad"], "system": None, "max_length": 512}
+    facts = {
+        "task": "classification",
+        "labels": ["good", "bad"],
+        "system": None,
+        "max_length": 512,
+        "max_new_tokens": 64,
+    }
     write_json(folder / "rendering.json", rendering | facts)
     return folder
 
