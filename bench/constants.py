@@ -1,5 +1,5 @@
-"""What the simulation of `bench/scaling.py` takes for granted: a row of the driver's own work, a job, a row through a model
-of GPT-2's size, and a step of its training. Prints the median of a few, with the lowest and highest.
+"""What the simulation of `bench/scaling.py` takes for granted: a row of the driver's own work, a job, a row through a
+model of GPT-2's size, and a step of its training. Prints the median of a few, with the lowest and highest.
 
 `python -m bench constants`; takes some minutes.
 """
@@ -30,7 +30,7 @@ def main() -> None:
         home = Path(name)
         of_spark._model(home / "model")
         row_bytes, joined = _joined(home)
-        _say("the driver puts a row of %d bytes behind another" % row_bytes, joined, 1e6 / ROWS, "us")
+        _say(f"the driver puts a row of {row_bytes} bytes behind another", joined, 1e6 / ROWS, "us")
         master = of_spark._cluster(home, 2)
         _say("a Spark job of six empty tasks", _jobs(master, home), 1, "s")
         of_spark._cluster(home, 0)

@@ -151,8 +151,8 @@ def _half(query: torch.Tensor) -> torch.dtype | None:
 
 
 def _without_plans(query: torch.Tensor) -> contextlib.AbstractContextManager[Any]:
-    """On a GPU, keep cuDNN out of it. A call took about 12 ms on an H100 where nearly every example has a shape of its own
-    (measured); that these are the plans cuDNN makes for a new shape is inferred, and the mend has not run on a GPU."""
+    """On a GPU, keep cuDNN out of it. A call took about 12 ms on an H100, where nearly every example has a shape of its
+    own (measured); that this is cuDNN's planning for each new shape is inferred, and the mend has not run on a GPU."""
     if not query.is_cuda:
         return contextlib.nullcontext()
     kernels = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]

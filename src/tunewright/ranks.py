@@ -6,8 +6,8 @@ hangs, which one failed first, and whether one of an earlier command is still al
     jobs/ranks/rank-0.json          where the process stands; `beat` grows every two seconds, whatever it computes
     jobs/ranks/rank-0-failure.json  what it failed on, with the traceback
 
-Whether one hangs is told by the clock of the one that looks on, which notes when it saw something change. Which one failed
-first is told by the processes' own clocks, so between machines whose clocks differ it may be the second that is named.
+Whether one hangs is told by the clock of the one that looks on, which notes when it saw something change. Which one
+failed first is told by the processes' own clocks; between machines whose clocks differ it may be the second.
 """
 
 from __future__ import annotations
