@@ -220,7 +220,7 @@ def test_pieces_of_a_file_hold_its_rows_once_each(
 def test_a_distribution_from_counts_is_numpys(values: list[int]) -> None:
     from collections import Counter
 
-    from tunewright.data.prepare import _distribution
+    from tunewright.data.account import _distribution
 
     said = _distribution(Counter(values))
     assert said["median"] == np.median(values)
