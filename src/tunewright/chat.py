@@ -164,7 +164,7 @@ class Example:
             return ""
         last = self.messages[-1]
         return "\n".join(
-            [*([last.content] if last.content or not last.tool_calls else []), *map(_line, last.tool_calls)]
+            [*([last.content] if last.content or not last.tool_calls else []), *map(tool_line, last.tool_calls)]
         )
 
     def to_dict(self) -> dict[str, Any]:
@@ -677,7 +677,8 @@ def differences(tokenizer: Any, rendering: dict[str, Any]) -> list[str]:
     return found
 
 
-def _line(call: ToolCall) -> str:
+def tool_line(call: ToolCall) -> str:
+    """A call as a line of JSON: what an answer that calls is compared by."""
     return json.dumps({"name": call.name, "arguments": json.loads(call.arguments)}, ensure_ascii=False)
 
 

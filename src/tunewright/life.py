@@ -201,7 +201,8 @@ def check(recipe: Recipe, stages: Iterable[str] = STAGES) -> Checked:
         if asked and _device(recipe) != "cuda":
             problems.append(Problem(f"train.{key} needs a CUDA GPU, and there is none where it runs; leave it out"))
     try:
-        ref = models.find(recipe.model, recipe.revision)
+        hosted = _hosted(recipe)
+        ref = models.find(recipe.model, recipe.revision) if hosted is None else hosted.base(recipe)
         tokenizer = models.load_tokenizer(ref)
         equipment = chat.equip(tokenizer)
         if unread := _tables_elsewhere(recipe):
@@ -211,6 +212,7 @@ def check(recipe: Recipe, stages: Iterable[str] = STAGES) -> Checked:
             problems.append(Problem(said, "warning"))
         else:
             data = prepare.assemble(recipe, ref, tokenizer, equipment)
+            problems += hosted.check_rows(recipe, data) if hosted is not None else []
     except errors.UserError as error:
         problems.append(Problem(str(error)))
     return Checked(problems, ref, data, equipment)
@@ -275,7 +277,11 @@ def resolve(recipe: Recipe, checked: Checked, runs: Path) -> dict[str, Any]:
     assert checked.model is not None
     assert checked.data is not None
     device = _device(recipe)
-    settled = memory.settle(recipe, checked.model, device, checked.data.splits["train"])
+    if checked.model.kind == "hosted":
+        device = "hosted"
+        settled = memory.Settled("hosted", "the API trains", False, "the API trains", 0, 0, 0)
+    else:
+        settled = memory.settle(recipe, checked.model, device, checked.data.splits["train"])
     rate = recipe.train.learning_rate
     return {
         "format": 1,
@@ -284,7 +290,7 @@ def resolve(recipe: Recipe, checked: Checked, runs: Path) -> dict[str, Any]:
         "model": checked.model.to_dict(),
         "max_length": checked.data.max_length,
         "train": settled.to_dict(),
-        "learning_rate": recipes.default_rate(recipe.task, settled.method) if rate is None else rate,
+        "learning_rate": _rate(recipe, settled.method) if rate is None else rate,
         "metric": recipe.metric,
         "baselines": list(recipe.baselines),
         "seed": recipe.train.seed,
@@ -297,6 +303,19 @@ def resolve(recipe: Recipe, checked: Checked, runs: Path) -> dict[str, Any]:
         "platform": platform.platform(),
         "source_commit": _source_commit(),
     }
+
+
+def _rate(recipe: Recipe, method: str) -> float | None:
+    return None if method == "hosted" else recipes.default_rate(recipe.task, method)
+
+
+def _hosted(recipe: Recipe) -> backends.Hosts | None:
+    """The backend, where the weights are behind it."""
+    try:
+        backend = backends.backend(recipe)
+    except RecipeError:  # reported by its own check
+        return None
+    return backend if isinstance(backend, backends.Hosts) else None
 
 
 def _tracking(recipe: Recipe, runs: Path) -> dict[str, str]:

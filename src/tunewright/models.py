@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from tunewright import starter
+from tunewright import hosted_tokens, starter
 from tunewright.errors import ModelError
 
 DEFAULT_MAX_LENGTH = 1024
@@ -29,7 +29,8 @@ class ModelRef:
     """As the recipe names it."""
     source: str
     """What is loaded: a hub name or an absolute folder."""
-    kind: Literal["hub", "folder", "starter"]
+    kind: Literal["hub", "folder", "starter", "hosted"]
+    """hosted: the weights are behind an API, and `source` is what it counts tokens by."""
     revision: str | None
     """The hub's commit, so that later stages and a resumed run load the same weights."""
     architecture: str
@@ -37,7 +38,7 @@ class ModelRef:
     """Longest sequence in tokens; None where the config does not say."""
     vocab_size: int
     parameters: int
-    """Number of weights, counted from the config."""
+    """Number of weights, counted from the config; 0 where nobody says."""
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -98,6 +99,11 @@ def load_tokenizer(ref: ModelRef) -> Any:
     Raises:
         ModelError: the base has none.
     """
+    if ref.kind == "hosted":
+        if hosted_tokens.is_encoding(ref.source):
+            return hosted_tokens.tokenizer(ref.source)
+        place = str(starter.model_path()) if ref.source == "starter" else ref.source
+        return _from_pretrained("AutoTokenizer", place, ref.source)
     return _from_pretrained("AutoTokenizer", ref.source, ref.name, revision=ref.revision)
 
 

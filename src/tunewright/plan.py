@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from tunewright.backends.base import Backend, Bill, Bills, Elsewhere
+from tunewright.backends.base import Backend, Bill, Bills, Elsewhere, Hosts
 from tunewright.recipe import Recipe
 
 SHARE_OF_PEAK = (0.15, 0.6)
@@ -45,6 +45,7 @@ def estimate(recipe: Recipe, resolved: dict[str, Any], backend: Backend) -> dict
     evaluated_tokens = _evaluated(recipe, resolved)
     settled = resolved["train"]
     each = 6 if settled["method"] == "full" else 4
+    hosted = isinstance(backend, Hosts)
     flops = parameters * (each * train_tokens + 2 * evaluated_tokens)
     speed = matrix_speed()
     seconds = [round(START_S + flops / (speed * share)) for share in reversed(SHARE_OF_PEAK)]
@@ -54,19 +55,20 @@ def estimate(recipe: Recipe, resolved: dict[str, Any], backend: Backend) -> dict
     makes = []
     if recipe.tracking.enabled:
         makes.append(f"MLflow run at {resolved['tracking']['uri']}")
-        if "mlflow" in recipe.package.formats:
+        if "mlflow" in recipe.package.formats and not isinstance(backend, Hosts):
             makes.append(f"registered model {recipe.registered_name}")
     disk = 2 * weights + checkpoints + (2 * weights if recipe.tracking.enabled else 0)
     plan = {
         "format": 1,
         "backend": recipe.backend.kind,
         "rows": {split: facts["used"] for split, facts in splits.items()},
-        "steps": steps,
+        "steps": None if hosted and "batch_size" not in train.model_fields_set else steps,
         "tokens": {
             "train": train_tokens,
             "train_per_epoch": per_pass,
             "test": test_tokens,
             "evaluate": evaluated_tokens,
+            **(_billed(recipe, resolved) if hosted else {}),
         },
         "seconds": seconds,
         "memory_bytes": settled["memory_bytes"],
@@ -74,7 +76,7 @@ def estimate(recipe: Recipe, resolved: dict[str, Any], backend: Backend) -> dict
         "why": {"method": settled["method_why"], "bf16": settled["bf16_why"]},
         "disk_bytes": disk,
         "matrix_product_flops": round(speed),
-        "here": not isinstance(backend, Elsewhere),
+        "here": not isinstance(backend, Elsewhere | Hosts),
         "warnings": resolved["warnings"],
     }
     bill = backend.bill(recipe, plan) if isinstance(backend, Bills) else UNKNOWN
@@ -108,6 +110,25 @@ def _evaluated(recipe: Recipe, resolved: dict[str, Any]) -> int:
         shown = min(recipe.evaluate.few_shot * splits["train"]["tokens"]["total"]["mean"], context)
         told += 2 * rows * shown  # before every row, for its loss and for its answer
     return round(told)
+
+
+def _billed(recipe: Recipe, resolved: dict[str, Any]) -> dict[str, int]:
+    """Tokens that are sent and answered in evaluation and test, where each is paid for; answers at their longest."""
+    facts = resolved["data"].get("test")
+    if facts is None:
+        return {"input": 0, "output": 0}
+    rows, whole = int(facts["used"]), int(facts["tokens"]["sum"])
+    prompts = whole - round(facts["tokens"]["answer"]["mean"] * rows)
+    asked = 2 * prompts
+    if "few-shot" in recipe.baselines:
+        shown = recipe.evaluate.few_shot * resolved["data"]["train"]["tokens"]["total"]["mean"]
+        asked += prompts + round(rows * min(shown, resolved["max_length"]))
+    again = min(1.0, recipe.deploy.test_rows / max(1, rows))
+    models = 2 + ("few-shot" in recipe.baselines)
+    return {
+        "input": round(asked + again * prompts),
+        "output": round((models + again) * rows * recipe.max_new_tokens),
+    }
 
 
 def free_disk(path: Path) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +13,13 @@ from tunewright.errors import RecipeError
 PRICES = Path(__file__).with_name("prices.yaml")
 
 
-def read(path: Path = PRICES) -> dict[str, Any]:
-    """The price table.
+def read(path: Path | None = None) -> dict[str, Any]:
+    """The price table: the one at `path`, else the one that TUNEWRIGHT_PRICES names, else ours.
 
     Raises:
         RecipeError: it is absent, or not a table of prices.
     """
+    path = path or Path(os.environ.get("TUNEWRIGHT_PRICES") or PRICES)
     try:
         table = yaml.safe_load(path.read_text(encoding="utf-8"))
         if not isinstance(table, dict):
@@ -34,6 +36,13 @@ def of_cluster(table: dict[str, Any], node_type: str | None, nodes: int) -> tupl
         return None
     low, high = (nodes * (node["machine"][end] + node["units"] * table["unit"][end]) for end in (0, 1))
     return round(low, 2), round(high, 2)
+
+
+def of_model(table: dict[str, Any], name: str) -> dict[str, Any] | None:
+    """What a base behind an API costs (`train`, `input`, `output`: low and high for a million tokens; `hosting_hour`
+    of a deployment), by the longest entry that its name begins with."""
+    known = [entry for entry in table.get("models", {}) if name.startswith(entry)]
+    return None if not known else dict(table["models"][max(known, key=len)])
 
 
 def of_endpoint(table: dict[str, Any], workload_size: str | None) -> tuple[float, float] | None:

@@ -146,7 +146,9 @@ def checked(found: Checked) -> None:
     if found.model is not None:
         model = found.model
         out.print(
-            f"model   {model.name}: {model.architecture}, {model.parameters:,} weights, context {model.context} tokens",
+            f"model   {model.name}: {model.architecture}, "
+            + (f"{model.parameters:,} weights, " if model.parameters else "")
+            + f"context {model.context} tokens",
             markup=False,
         )
     if found.data is not None:
@@ -398,11 +400,13 @@ def _what(run: Run, stage: str) -> str:
     manifest = run.manifest(stage)
     match stage:
         case "check":
-            return f"{manifest['model']['name']}, {manifest['model']['parameters']:,} weights, on {manifest['device']}"
+            size = f"{manifest['model']['parameters']:,} weights, " if manifest["model"]["parameters"] else ""
+            return f"{manifest['model']['name']}, {size}on {manifest['device']}"
         case "plan":
             low, high = manifest["seconds"]
             took = f"{_duration(low)} to {_duration(high)}"
-            return f"{manifest['steps']} steps, {manifest['tokens']['train']:,} tokens, {took}"
+            steps = f"{manifest['steps']} steps, " if manifest["steps"] else ""
+            return f"{steps}{manifest['tokens']['train']:,} tokens" + (f", {took}" if manifest["here"] else "")
         case "prepare":
             return ", ".join(
                 f"{facts['used']} {split} rows"
@@ -413,6 +417,10 @@ def _what(run: Run, stage: str) -> str:
         case "train":
             loss = manifest["final_loss"]
             shown = f"loss {loss:.4f}" if loss is not None else ""
+            if manifest["trainable_parameters"] is None:
+                return f"{manifest['model']}, {manifest['tokens'] or 0:,} tokens billed" + (
+                    f", {shown}" if shown else ""
+                )
             return f"{manifest['steps']} steps, {shown}, {manifest['trainable_parameters']:,} weights trained"
         case "evaluate":
             comparison = manifest["comparison"]

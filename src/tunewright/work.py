@@ -38,7 +38,12 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("run", type=Path)
     parser.add_argument("--host", default="127.0.0.1")
     parser.add_argument("--port", type=int, default=0)
-    parser.add_argument("--on", choices=["here", "spark"], default="here", help="spark: this is its driver")
+    parser.add_argument(
+        "--on",
+        choices=["here", "spark", "hosted"],
+        default="here",
+        help="spark: this is its driver; hosted: an API trains",
+    )
     given = parser.parse_args(arguments)
     run = Run.open(given.run)
     stage: str = "deploy" if given.stage == "serve" else given.stage
@@ -57,7 +62,7 @@ def main(arguments: list[str] | None = None) -> int:
         if given.stage == "serve":
             serve(run, given.host, given.port)
         else:
-            (STAGES | ON_SPARK if given.on == "spark" else STAGES)[given.stage](run)
+            (STAGES | ON.get(given.on, {}))[given.stage](run)
     except (InterruptedError, KeyboardInterrupt) as error:
         print(f"stopped: {error}", file=sys.stderr)
         _report(run, stage, "Interrupted", str(error) or "stopped")
@@ -227,6 +232,37 @@ ON_SPARK: dict[str, Callable[[Run], None]] = {
     "evaluate": _evaluate_on_spark,
 }
 """Stages as Spark jobs; the others run in this process, the driver."""
+
+
+def _train_hosted(run: Run) -> None:
+    from tunewright import tracking
+    from tunewright.hosted import places, training
+
+    with tracking.attach(run) as tracker:
+        training.train(run, places.of(run), tracker)
+
+
+def _evaluate_hosted(run: Run) -> None:
+    from tunewright import tracking
+    from tunewright.evaluate import measure
+    from tunewright.hosted import asking, places
+
+    with tracking.attach(run) as tracker:
+        measure.evaluate(run, tracker, asking.Asker(run, places.of(run)))
+
+
+def _package_hosted(run: Run) -> None:
+    from tunewright import tracking
+    from tunewright.hosted import packaging, places
+
+    with tracking.attach(run) as tracker:
+        packaging.package(run, places.of(run), tracker)
+
+
+ON: dict[str, dict[str, Callable[[Run], None]]] = {
+    "spark": ON_SPARK,
+    "hosted": {"train": _train_hosted, "evaluate": _evaluate_hosted, "package": _package_hosted},
+}
 
 
 if __name__ == "__main__":

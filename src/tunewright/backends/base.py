@@ -12,7 +12,9 @@ from dataclasses import dataclass, field
 from importlib.metadata import entry_points
 from typing import Any, Literal, Protocol, runtime_checkable
 
+from tunewright.data.prepare import Assembled
 from tunewright.errors import RecipeError
+from tunewright.models import ModelRef
 from tunewright.recipe import Recipe
 from tunewright.run import Run
 
@@ -117,6 +119,23 @@ class Bills(Protocol):
 
     def bill(self, recipe: Recipe, plan: dict[str, Any]) -> Bill:
         """From what the plan holds so far (tokens, steps); nothing is made and nothing is spent."""
+        ...
+
+
+@runtime_checkable
+class Hosts(Protocol):
+    """The extra of backends whose weights are behind an API: nothing of the base is here but its name."""
+
+    def base(self, recipe: Recipe) -> ModelRef:
+        """The base, as far as it is known.
+
+        Raises:
+            RecipeError: nobody knows what it counts tokens by.
+        """
+        ...
+
+    def check_rows(self, recipe: Recipe, data: Assembled) -> list[Problem]:
+        """What the API would refuse in rows that are ready."""
         ...
 
 

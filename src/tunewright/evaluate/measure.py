@@ -34,6 +34,8 @@ MEANS = ("exact_match", "rouge_l", "reward_margin", "preference_accuracy", "rewa
 NUM_EXAMPLES = 12
 PER_ROW = ("prompt_tokens", "chosen_logp", "rejected_logp", "chosen_tokens", "rejected_tokens")
 """What else is written for each row."""
+OTHER = "(none of the classes)"
+"""The class of an answer that names none: where a model writes what it likes, and is not held to the labels."""
 Answers = dict[str, dict[str, Any]]
 """Model -> what it answered, column by column (one value for each row)."""
 Progress = Callable[[int, int], None]
@@ -54,6 +56,8 @@ def evaluate(run: Run, tracker: Tracker, ask: Ask | None = None) -> None:
     test = prepare.examples(run, "test")
     labels: list[str] | None = checks["labels"]
     answers = _answers(run, recipe, test, labels, ask or Asked(run))
+    if labels is not None and any(OTHER in said["prediction"] for said in answers.values()):
+        labels = [*labels, OTHER]
     measured = _measure(recipe, test, answers, labels)
     _write_predictions(run, recipe, test, answers, labels)
     body = _report(run, recipe, checks, test, answers, labels, measured)
@@ -411,6 +415,8 @@ def _write_predictions(
             columns["probabilities"] = (
                 [None] * len(test) if distribution is None else [list(row) for row in distribution]
             )
+        if "said" in said:
+            columns["said"] = said["said"]
         if "losses" in said:
             columns["loss_sum"] = [loss for loss, _ in said["losses"]]
             columns["tokens"] = [count for _, count in said["losses"]]
@@ -538,7 +544,8 @@ def _examples(
             shown |= {"tuned_reward": tuned["reward"][row], "base_reward": base["reward"][row]}
         if labels is not None:
             shown |= {"tuned_correct": bool(good[row]), "base_correct": bool(was_good[row])}
-            shown["confidence"] = float(np.max(tuned["probabilities"][row]))
+            if "probabilities" in tuned:
+                shown["confidence"] = float(np.max(tuned["probabilities"][row]))
         rows.append(shown)
     return rows
 

@@ -100,7 +100,7 @@ def _view(report: Report) -> dict[str, Any]:
         "verdict": _verdict(report),
         "facts": [
             ("Task", report["task"]),
-            ("Base model", f"{model['name']}{revision}, {model['parameters']:,} parameters"),
+            ("Base model", f"{model['name']}{revision}" + _size(model["parameters"])),
             ("Test rows", f"{report['rows']:,}"),
             ("Made", _date(report["created"])),
             ("Run", report["run_id"]),
@@ -473,22 +473,31 @@ def _clamped(text: str, most: int = 320) -> dict[str, Any]:
 
 def _training(training: dict[str, Any]) -> dict[str, Any]:
     tokens, seconds = training["tokens"], training["seconds"]
-    share = training["trainable_parameters"] / max(1, training["parameters"])
-    trainable = f"{training['trainable_parameters']:,} of {training['parameters']:,} ({share:.2%})"
-    speed = f" ({tokens / seconds:,.0f} a second)" if seconds > 0 else ""
+    speed = f" ({tokens / seconds:,.0f} a second)" if seconds and tokens else ""
+    facts = [
+        ("Method", training["method"]),
+        ("Trained parameters", _trainable(training)),
+        ("Steps", None if training["steps"] is None else f"{training['steps']:,}"),
+        ("Epochs", f"{training['epochs']:g}"),
+        ("Time", None if seconds is None else _duration(seconds)),
+        ("Tokens", None if tokens is None else f"{tokens:,}{speed}"),
+        ("Device", training["device"]),
+        ("Final loss", _show(training["final_loss"], "loss")),
+    ]
     return {
-        "facts": [
-            ("Method", training["method"]),
-            ("Trained parameters", trainable),
-            ("Steps", f"{training['steps']:,}"),
-            ("Epochs", f"{training['epochs']:g}"),
-            ("Time", _duration(seconds)),
-            ("Tokens", f"{tokens:,}{speed}"),
-            ("Device", training["device"]),
-            ("Final loss", _show(training["final_loss"], "loss")),
-        ],
+        "facts": [(name, value) for name, value in facts if value is not None],
         "curve": _curve(training["curve"], training.get("validation_curve") or [], training.get("curve_of", "loss")),
     }
+
+
+def _trainable(training: dict[str, Any]) -> str | None:
+    """How many weights were trained; None where an API trained, which does not say."""
+    trainable, whole = training["trainable_parameters"], training["parameters"]
+    return None if trainable is None else f"{trainable:,} of {whole:,} ({trainable / max(1, whole):.2%})"
+
+
+def _size(parameters: int | None) -> str:
+    return f", {parameters:,} parameters" if parameters else ""
 
 
 def _curve(training: list[list[float]], validation: list[list[float]], of: str) -> dict[str, Any] | None:

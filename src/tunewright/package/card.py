@@ -35,20 +35,7 @@ def card(run: Run, recipe: Recipe) -> str:
         "",
         "## Training",
         "",
-        f"{trained['method']}, {trained['steps']} steps, {trained['epochs']:.2f} epochs, {trained['tokens']:,} tokens, "
-        f"{trained['seconds']} s on {trained['device']}; {trained['trainable_parameters']:,} of "
-        f"{trained['parameters']:,} weights trained.",
-        "",
-        "## Use",
-        "",
-        "```python",
-        "from transformers import AutoModelForCausalLM, AutoTokenizer",
-        "",
-        'model = AutoModelForCausalLM.from_pretrained("model")',
-        'tokenizer = AutoTokenizer.from_pretrained("model")',
-        "```",
-        "",
-        "Prompts go through the tokenizer's chat template; `rendering.json` holds token ids as they were in training.",
+        *(_hosted(trained) if trained["method"] == "hosted" else _trained_here(trained)),
         *([f"It was trained with this system message: {recipe.data.system!r}."] if recipe.data.system else []),
         *(
             [
@@ -66,6 +53,36 @@ def card(run: Run, recipe: Recipe) -> str:
         "model may get wrong too. The base model's licence applies.",
     ]
     return "\n".join(lines) + "\n"
+
+
+def _trained_here(trained: dict[str, Any]) -> list[str]:
+    return [
+        f"{trained['method']}, {trained['steps']} steps, {trained['epochs']:.2f} epochs, {trained['tokens']:,} tokens, "
+        f"{trained['seconds']} s on {trained['device']}; {trained['trainable_parameters']:,} of "
+        f"{trained['parameters']:,} weights trained.",
+        "",
+        "## Use",
+        "",
+        "```python",
+        "from transformers import AutoModelForCausalLM, AutoTokenizer",
+        "",
+        'model = AutoModelForCausalLM.from_pretrained("model")',
+        'tokenizer = AutoTokenizer.from_pretrained("model")',
+        "```",
+        "",
+        "Prompts go through the tokenizer's chat template; `rendering.json` holds token ids as they were in training.",
+    ]
+
+
+def _hosted(trained: dict[str, Any]) -> list[str]:
+    return [
+        f"Trained by the API's job `{trained['job']}`: {trained['epochs']:g} epochs, {trained['tokens'] or 0:,} tokens "
+        "billed. The weights stay there.",
+        "",
+        "## Use",
+        "",
+        f"Its name is `{trained['model']}`; `hosted.json` says at which endpoint. Azure asks it by its deployment.",
+    ]
 
 
 def _result(report: dict[str, Any]) -> list[str]:
