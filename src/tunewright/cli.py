@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import enum
 import json
+import re
 import sys
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -20,6 +21,7 @@ from tunewright import __version__, errors
 
 if TYPE_CHECKING:
     from tunewright.api import Life
+    from tunewright.destroy import Removed
 
 app = typer.Typer(
     name="tunewright",
@@ -191,13 +193,16 @@ def run(
     sets: SetOption = None,
     resume: ResumeOption = None,
     yes: YesOption = False,
+    max_cost: Annotated[
+        float | None, typer.Option("--max-cost", min=0, metavar="DOLLARS", help="Agree if it costs no more; else stop.")
+    ] = None,
 ) -> None:
     """Take a recipe from data to a tested endpoint. The last line of standard output is the run folder's path."""
     from tunewright.run import STAGES
 
     if until not in STAGES:
         raise errors.RecipeError(f"--until {until}: no such stage; stages are {', '.join(STAGES)}")
-    _advance(_open(recipe, runs, sets, resume), until, yes, verdict_counts=True)
+    _advance(_open(recipe, runs, sets, resume), until, yes, max_cost=max_cost, verdict_counts=True)
 
 
 @app.command()
@@ -336,16 +341,29 @@ def batch(
 
 @app.command()
 def destroy(
-    run: RunFolder,
+    run: Annotated[
+        Path | None, typer.Argument(metavar="[RUN]", help="A run folder, or its name in the runs folder.")
+    ] = None,
     runs: RunsOption = RUNS,
+    every: Annotated[bool, typer.Option("--all", help="Of all runs.")] = False,
+    older_than: Annotated[
+        str | None, typer.Option("--older-than", metavar="AGE", help="Of all runs older than 30m, 12h or 7d.")
+    ] = None,
     files: Annotated[bool, typer.Option("--files", help="Remove the run folder too.")] = False,
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="With --all and --older-than: do not ask.")] = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Stop the endpoint, remove the registered model, end the MLflow run.
+    """Remove what a run made outside its folder: endpoints, deployments, clusters, jobs, uploaded files, tuned and
+    registered models. The MLflow run is ended; its record stays as the history.
 
-    The run folder stays unless --files; MLflow keeps the run's record as the history.
+    The run folder stays unless --files. Of several runs, what stands is shown first. Repeat it as you like.
     """
-    removed = _open_run(run, runs).destroy(files=files)
+    if (run is not None) + every + (older_than is not None) != 1:
+        raise errors.RunError("name one run, or --all, or --older-than AGE")
+    if run is not None:
+        removed = _open_run(run, runs).destroy(files=files)
+    else:
+        removed = _destroy_several(runs, older_than, files, yes)
     if as_json:
         print(json.dumps([one.__dict__ for one in removed], indent=1))
         return
@@ -679,11 +697,13 @@ def _stage(
     _advance(life, stage, yes, verdict_counts=verdict_counts)
 
 
-def _advance(life: Life, until: str, yes: bool, *, verdict_counts: bool, leave: bool = True) -> int:
+def _advance(
+    life: Life, until: str, yes: bool, *, verdict_counts: bool, leave: bool = True, max_cost: float | None = None
+) -> int:
     from tunewright import screen
 
     _say(f"run folder: {life.folder.path}")
-    _agree(life, until, yes)
+    _agree(life, until, yes, max_cost)
     with screen.Watching() as watcher:
         outcome = life.run(until=until, watcher=watcher)
     screen.outcome(outcome)
@@ -700,7 +720,48 @@ def _open(path: Path, runs: Path, sets: list[str] | None, resume: bool | None = 
     return api.open(path, runs=runs, overrides=sets or (), resume=resume)
 
 
-def _agree(life: Life, until: str, yes: bool) -> None:
+def _destroy_several(runs: Path, older_than: str | None, files: bool, yes: bool) -> list[Removed]:
+    """Show what stands, ask, remove; a run that cannot be destroyed does not keep the others."""
+    from tunewright import destroy as removal
+    from tunewright import prices, screen, standing
+    from tunewright import run as run_folders
+    from tunewright.backends import base
+
+    least_s = _seconds(older_than) if older_than is not None else 0.0
+    chosen = [one for one in run_folders.list_runs(runs) if one.age_s >= least_s and (files or not one.destroyed)]
+    if not chosen:
+        return []
+    screen.standing(standing.find(chosen, prices.read()), console=screen.err)
+    if not yes:
+        if not sys.stdin.isatty():
+            raise errors.RunError(f"{len(chosen)} runs would be destroyed (what stands is above); add --yes to agree")
+        if not typer.confirm(f"Destroy {len(chosen)} runs?", err=True):
+            raise typer.Exit(errors.INTERRUPTED)
+    removed, failed = [], None
+    for one in chosen:
+        try:
+            removed += removal.destroy(one, base.backend(one.recipe()), files=files)
+        except errors.TunewrightError as error:
+            failed = failed or error
+            _say(f"{one.id}: {error}")
+    if failed is not None:
+        raise failed
+    return removed
+
+
+def _seconds(age: str) -> float:
+    """30m, 12h, 7d.
+
+    Raises:
+        RunError: it is no such age.
+    """
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)([mhd])", age.strip())
+    if found is None:
+        raise errors.RunError(f"--older-than {age}: give a number and m, h or d, such as 7d")
+    return float(found[1]) * {"m": 60, "h": 3600, "d": 86400}[found[2]]
+
+
+def _agree(life: Life, until: str, yes: bool, max_cost: float | None) -> None:
     """Ask, once a run, before anything is made that costs money."""
     from tunewright import screen
     from tunewright.backends import base
@@ -713,6 +774,9 @@ def _agree(life: Life, until: str, yes: bool) -> None:
         with screen.Watching() as watcher:
             life.run(until="plan", watcher=watcher)
     planned = run.manifest("plan")
+    if max_cost is not None:
+        _hold_to(planned, max_cost)
+        yes = True
     if not planned.get("cost", {}).get("asks") or any(one["event"] == "agreed" for one in run.events()):
         return
     if not yes:
@@ -723,6 +787,18 @@ def _agree(life: Life, until: str, yes: bool) -> None:
             _say("nothing was made; the same command asks again")
             raise typer.Exit(errors.INTERRUPTED)
     run.event("plan", "agreed")
+
+
+def _hold_to(planned: dict[str, Any], max_cost: float) -> None:
+    """Stop where a run may cost more than was agreed to."""
+    cost = planned.get("cost", {"high": 0.0})
+    if cost["high"] is None:
+        raise errors.RecipeError(f"--max-cost {max_cost:g}: what it costs is not known before ({cost['note']})")
+    if cost["high"] > max_cost:
+        raise errors.RecipeError(
+            f"--max-cost {max_cost:g}: it may cost {cost['high']:.2f} {cost['currency']} ({cost['note']}); use fewer "
+            "rows or epochs, or allow more"
+        )
 
 
 def _open_run(path: Path, runs: Path) -> Life:

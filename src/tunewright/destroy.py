@@ -55,8 +55,17 @@ def destroy(run: Run, backend: Backend, *, files: bool = False) -> list[Removed]
     return removed
 
 
-FIRST = ("process", "databricks-endpoint", "databricks-job", "databricks-cluster", "mlflow-model", "mlflow-run")
-LAST = ("databricks-folder", "databricks-volume")
+FIRST = (
+    "process",
+    "azure-deployment",
+    "databricks-endpoint",
+    "databricks-job",
+    "hosted-job",
+    "databricks-cluster",
+    "mlflow-model",
+    "mlflow-run",
+)
+LAST = ("azure-account", "databricks-folder", "databricks-volume")
 
 
 def _order(one: Resource) -> int:

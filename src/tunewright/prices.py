@@ -45,6 +45,18 @@ def of_model(table: dict[str, Any], name: str) -> dict[str, Any] | None:
     return None if not known else dict(table["models"][max(known, key=len)])
 
 
+def of_deployment(table: dict[str, Any], model: str, sku: str) -> tuple[float, float] | None:
+    """Low and high of a deployment an hour. One of a base is paid for by its tokens alone, and so is the developer
+    tier; a tuned model (`.ft-`, `ft:`) is hosted by the hour, asked or not."""
+    tuned = ".ft-" in model or model.startswith("ft:")
+    if not tuned or sku.casefold() in ("developer", "developertier"):
+        return 0.0, 0.0
+    known = of_model(table, model.removeprefix("ft:"))
+    return (
+        None if known is None or "hosting_hour" not in known else (known["hosting_hour"][0], known["hosting_hour"][1])
+    )
+
+
 def of_endpoint(table: dict[str, Any], workload_size: str | None) -> tuple[float, float] | None:
     """Low and high of a serving endpoint an hour; it sleeps where nobody asks, so the low is 0."""
     known = table["endpoints"].get(workload_size)

@@ -262,6 +262,12 @@ class Run:
         write_json(self.state_file, self.state() | {"destroyed": now()})
 
     @property
+    def age_s(self) -> float:
+        """Seconds since the run was begun."""
+        began = datetime.datetime.fromisoformat(str(self.state()["created"]).replace("Z", "+00:00"))
+        return (datetime.datetime.now(datetime.UTC) - began).total_seconds()
+
+    @property
     def destroyed(self) -> bool:
         return "destroyed" in self.state()
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import datetime
 import json
+import re
 import shlex
 import time
 from collections import defaultdict
@@ -245,34 +246,34 @@ def plan(planned: dict[str, Any], *, console: Console = out) -> None:
         console.print(Text.assemble(("warning  ", "yellow"), warning))
 
 
-def standing(found: Found) -> None:
+def standing(found: Found, *, console: Console = out) -> None:
     """A table of what stands, what it costs an hour together, and what could not be asked."""
     for run, why in found.unreachable.items():
         err.print(Text(f"{run}: not asked: {why}", "yellow"))
     if not found.standing:
-        out.print("nothing stands" + (" where it could be asked" if found.unreachable else ""))
+        console.print("nothing stands" + (" where it could be asked" if found.unreachable else ""))
         return
     for run in dict.fromkeys(one.run for one in found.standing):
         here = [one for one in found.standing if one.run == run]
-        out.print(Text(f"{run} ({here[0].backend})", "bold"))
+        console.print(Text(f"{run} ({here[0].backend})", "bold"))
         table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 2))
         for column in ("what", "state", "age", "ends by itself"):
             table.add_column(column, no_wrap=True, style="dim" if column == "age" else "")
         table.add_column("$ an hour", justify="right", no_wrap=True)
         table.add_column("name", overflow="fold")
         for one in here:
-            what = one.kind.removeprefix("databricks-")
+            what = re.sub("^(databricks|hosted)-", "", one.kind)
             name = one.name if one.recorded else f"{one.name} (not in the ledger)"
             cells = (what, one.state, _age(one.since), one.ends_by_itself or "-", _dollars(one.dollars_an_hour), name)
             table.add_row(*cells)
-        out.print(table)
+        console.print(table)
     known = [one.dollars_an_hour for one in found.standing if one.dollars_an_hour is not None]
     low, high = (sum(both[end] for both in known) for end in (0, 1))
     unknown = len(found.standing) - len(known)
     more = f", and {unknown} whose price is unknown" if unknown else ""
     if high or unknown:
-        out.print(f"together {_dollars((low, high))} dollars an hour{more} (list prices of {found.prices_as_of})")
-        out.print("tunewright destroy RUN removes what a run made")
+        console.print(f"together {_dollars((low, high))} dollars an hour{more} (list prices of {found.prices_as_of})")
+        console.print("tunewright destroy RUN removes what a run made")
 
 
 def _age(since: str | None) -> str:

@@ -16,7 +16,8 @@ from tunewright.backends import base as backends
 from tunewright.errors import TunewrightError
 from tunewright.run import Run
 
-FREE = ("process", "mlflow-run", "mlflow-model", "databricks-folder", "databricks-volume", "databricks-job")
+HOSTED = ("hosted-file", "hosted-job", "hosted-model", "azure-account")
+FREE = ("process", "mlflow-run", "mlflow-model", "databricks-folder", "databricks-volume", "databricks-job", *HOSTED)
 """What costs nothing by the hour: storage is billed by size, a job by its cluster."""
 ASLEEP = ("terminated", "stopped", "ended")
 
@@ -96,6 +97,8 @@ def _cost(one: backends.Resource, state: str, table: dict[str, Any]) -> tuple[fl
         return 0.0, 0.0
     if one.kind == "databricks-cluster":
         return prices.of_cluster(table, one.facts.get("node_type"), 1 + int(one.facts.get("workers") or 0))
+    if one.kind == "azure-deployment":
+        return prices.of_deployment(table, str(one.facts.get("model") or ""), str(one.facts.get("sku") or ""))
     if one.kind == "databricks-endpoint":
         return prices.of_endpoint(table, one.facts.get("workload_size"))
     return None

@@ -85,7 +85,7 @@ class Between:
             answer = connection.getresponse()
             content = answer.read()
             given = {key: value for key, value in answer.getheaders() if key.lower() not in HOP}
-        if fault is not None:
+        if fault is not None and fault.how != "pass":
             if fault.how == "kill":
                 os.kill(fault.pid, signal.SIGKILL)
             request.close_connection = True

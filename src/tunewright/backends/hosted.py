@@ -247,7 +247,7 @@ class AzureBackend(HostedBackend):
 
     def _look(self, recipe: Recipe) -> list[Problem]:
         asked = self.settings
-        problems = self.place.problems(recipe.model, recipe.deploy.content_filter)
+        problems = self.place.problems(recipe.model)
         if problems:
             return [Problem(one) for one in problems]
         if self.place.is_there():
@@ -273,7 +273,7 @@ class AzureBackend(HostedBackend):
 def _said_of(name: str, base: Any) -> list[Problem]:
     """What the models call tells of a base: whether it may be tuned, and its end. OpenAI's has a day (`shutdown_date`),
     Azure's moments (`deprecation`) and what it can do (`capabilities`)."""
-    more = base.model_extra or {}
+    more = base.model_dump()
     found = []
     if (more.get("capabilities") or {}).get("fine_tune") is False:
         found.append(

@@ -105,6 +105,7 @@ class AzurePlace(Place):
             return calls.secret(asked.key_variable)
         with explained("asking for the account's key"):
             keys = self.arm.accounts.list_keys(asked.resource_group, asked.account, **self.plain)
+        calls.keep_secret(str(keys.key1))
         return str(keys.key1)
 
     # --- the account ---
@@ -132,7 +133,7 @@ class AzurePlace(Place):
         with explained(f"looking for account {self.settings.account}"):
             return self._account() is not None
 
-    def problems(self, base: str, content_filter: str) -> list[str]:
+    def problems(self, base: str) -> list[str]:
         """What would fail later, found without making anything: the account, the quota, the content filter."""
         asked = self.settings
         with explained("looking at the account"):
@@ -143,14 +144,15 @@ class AzurePlace(Place):
                 self.region(base)
                 return []
             found = []
-            if (left := self.quota_left(account.location, base)) < asked.capacity:
+            left = self.quota_left(account.location, base)
+            if left is not None and left < asked.capacity:
                 found.append(
                     f"backend.capacity: {asked.capacity} thousand tokens a minute are wanted for {base} and {left} are "
                     f"left in {account.location}; ask for quota, or set it lower"
                 )
             policies = self.arm.rai_policies.list(asked.resource_group, asked.account, **self.plain)
-            if content_filter not in ("default", "off") and content_filter not in {one.name for one in policies}:
-                found.append(f"deploy.content_filter: the account has no content filter {content_filter!r}")
+            if asked.content_filter and asked.content_filter not in {one.name for one in policies}:
+                found.append(f"backend.content_filter: the account has no content filter {asked.content_filter!r}")
             return found
 
     def prepare(self, run: Run) -> None:
@@ -191,26 +193,32 @@ class AzurePlace(Place):
         asked = self.settings
         if asked.region != "any":
             return asked.region
-        said = []
-        for region in asked.regions:
-            left = self.quota_left(region, base)
-            if left >= asked.capacity:
+        left = {region: self.quota_left(region, base) for region in asked.regions}
+        for region, there in left.items():
+            if there is not None and there >= asked.capacity:
                 return region
-            said.append(f"{region} {left}")
+        for region, there in left.items():
+            if there is None:  # the region does not say; making the deployment will
+                return region
+        said = [f"{region} {there}" for region, there in left.items()]
         raise UserError(
             f"backend.region: any: no region has {asked.capacity} thousand tokens a minute left for {base} "
             f"({', '.join(said)}); ask for quota, set backend.capacity lower, or name other backend.regions"
         )
 
-    def quota_left(self, region: str, base: str) -> int:
-        """Thousand tokens a minute that are left for a base's deployments in a region."""
-        name = re.sub(r"-\d{4}-\d{2}-\d{2}$", "", base)
-        found = 0
+    def quota_left(self, region: str, base: str) -> int | None:
+        """Thousand tokens a minute that are left in a region for the base's deployment and for that of what is tuned
+        from it, the smaller; None where the region lists neither."""
+        asked = self.settings
+        found: dict[str, int] = {}
         for usage in self.arm.usages.list(region, **self.plain):
-            value = str(usage.name.value if usage.name else "")
-            if value.startswith(f"OpenAI.{self.settings.base_sku}.") and value.endswith(name):
-                found = max(found, int((usage.limit or 0) - (usage.current_value or 0)))
-        return found
+            found[str(usage.name.value if usage.name else "")] = int((usage.limit or 0) - (usage.current_value or 0))
+        pools = {
+            f"OpenAI.{sku}.{name}{what}"
+            for name in (base, _named(base)[0])
+            for sku, what in ((asked.base_sku, ""), (asked.sku, "-finetune"))
+        }
+        return min((left for pool, left in found.items() if pool in pools), default=None)
 
     # --- deployments ---
 
@@ -220,7 +228,7 @@ class AzurePlace(Place):
 
     def ensure_deployment(self, run: Run, which: Literal["tuned", "base"], model: str) -> str:
         """The name of a deployment of a model that stands and can be asked."""
-        from azure.mgmt.cognitiveservices.models import Deployment, DeploymentModel, DeploymentProperties, Sku
+        from azure.mgmt.cognitiveservices.models import Deployment, DeploymentProperties, Sku
 
         asked = self.settings
         name = deployment_name(run, which)
@@ -233,8 +241,8 @@ class AzurePlace(Place):
                 sku = asked.sku if which == "tuned" else asked.base_sku
                 entry = _open_entry(run, DEPLOYMENT, name) or run.intend(DEPLOYMENT, name, sku=sku, model=model)
                 properties = DeploymentProperties(
-                    model=DeploymentModel(format="OpenAI", name=model, version=self._version(which, model)),
-                    rai_policy_name=_policy(run.recipe().deploy.content_filter),
+                    model=self._model(which, model),
+                    rai_policy_name=asked.content_filter,
                 )
                 body = Deployment(sku=Sku(name=sku, capacity=asked.capacity), properties=properties, tags={TAG: run.id})
                 said = body.serialize()
@@ -282,11 +290,14 @@ class AzurePlace(Place):
         except ResourceNotFoundError:
             return
 
-    def _version(self, which: str, model: str) -> str | None:
+    def _model(self, which: str, model: str) -> Any:
+        """What a deployment is of: a tuned model by its whole name, a base by its name and version apart."""
+        from azure.mgmt.cognitiveservices.models import DeploymentModel
+
         if which == "tuned":
-            return "1"
-        dated = re.search(r"(\d{4}-\d{2}-\d{2})$", model)
-        return self.settings.model_version or (dated[1] if dated else None)
+            return DeploymentModel(format="OpenAI", name=model, version="1")
+        name, version = _named(model)
+        return DeploymentModel(format="OpenAI", name=name, version=self.settings.model_version or version)
 
     # --- what a place does ---
 
@@ -399,9 +410,10 @@ class _Explained:
         raise StageError(f"Azure: {self.doing}: {said}; the same command goes on") from None
 
 
-def _policy(asked: str) -> str | None:
-    """The content filter of a deployment: the default one, or one of the account's by its name."""
-    return None if asked in ("default", "off") else asked
+def _named(base: str) -> tuple[str, str | None]:
+    """A base's name and version, which jobs know as one word: gpt-4.1-mini and 2025-04-14."""
+    found = re.fullmatch(r"(.+)-(\d{4}-\d{2}-\d{2})", base)
+    return (found[1], found[2]) if found else (base, None)
 
 
 def _open_entry(run: Run, kind: str, name: str) -> str | None:

@@ -16,8 +16,12 @@ from tunewright.errors import RecipeError, StageError, UserError
 from tunewright.hosted.settings import Settings
 
 One = TypeVar("One")
-SECRET = re.compile(r"(?i)\b(sk-[\w*-]{6,}|bearer\s+[\w.~+/=*-]{12,}|eyJ[\w-]{10,}\.[\w.-]{10,}|[0-9a-f]{32,})")
+SECRET = re.compile(
+    r"(?i)\b(sk-[\w*-]{6,}|bearer\s+[\w.~+/=*-]{12,}|eyJ[\w-]{10,}\.[\w.-]{10,}|(?<![-\w])[0-9a-f]{32,})"
+)
 """What looks like a key or a token."""
+_known: set[str] = set()
+"""Keys that this process has used."""
 LOCAL = ("127.0.0.1", "localhost", "::1")
 WAIT_S = (0.5, 20.0)
 
@@ -44,7 +48,13 @@ def secret(variable: str) -> str:
     found = os.environ.get(variable, "").strip()
     if not found:
         raise RecipeError(f"{variable} is not set; put the key into that environment variable (not into the recipe)")
+    keep_secret(found)
     return found
+
+
+def keep_secret(key: str) -> None:
+    """A key that came from elsewhere: it will be in nothing that is said."""
+    _known.add(key)
 
 
 @contextlib.contextmanager
@@ -78,7 +88,9 @@ def said(error: BaseException) -> str:
 
 
 def scrubbed(text: str) -> str:
-    """A text without what looks like a key or a token."""
+    """A text without the keys that were used, and without what looks like a key or a token."""
+    for key in _known:
+        text = text.replace(key, "***")
     return SECRET.sub("***", text)
 
 

@@ -64,6 +64,8 @@ class AzureSettings(Settings):
     """Of the base's deployment, which the comparison needs."""
     capacity: int = Field(default=10, ge=1)
     """Thousand tokens a minute, of each deployment."""
+    content_filter: str | None = Field(default=None, min_length=1)
+    """A content filter of the account, by its name, for both deployments. Default: Azure's own."""
     dynamic_quota: bool = False
     """Let the tuned model's deployment have more than its capacity when there is spare."""
     training_type: Literal["Standard", "GlobalStandard", "Developer"] | None = None
