@@ -18,7 +18,7 @@ from between import MAKES, Between
 from openai.types import Model
 
 from live_server import MODEL, Live
-from tunewright import destroy, life, plan
+from tunewright import destroy, life, plan, prices, standing
 from tunewright import recipe as recipes
 from tunewright.backends import base, hosted
 from tunewright.errors import TunewrightError, UserError
@@ -33,8 +33,10 @@ TABLES: dict[str, dict[str, Any]] = {
     "azure": {
         "kind": "azure",
         "subscription": "00000000-0000-0000-0000-000000000000",
-        "resource_group": "local",
-        "account": "local",
+        "resource_group": "ours",
+        "account": "tw-made",
+        "create_account": True,
+        "regions": ["northcentralus"],
         "auth": "key",
         "management_token_variable": "MANAGEMENT_TOKEN",
         "base_sku": "Standard",
@@ -43,7 +45,7 @@ TABLES: dict[str, dict[str, Any]] = {
 
 
 def recipe(home: Path, url: str, kind: str, table: dict[str, Any] | None = None, **sections: Any) -> Any:
-    where = {"base_url": f"{url}/v1"} if kind == "openai" else {"management": url, "endpoint": url}
+    where = {"base_url": f"{url}/v1"} if kind == "openai" else {"management": url}
     given = {
         "name": "hosted",
         "model": MODEL,
@@ -68,17 +70,46 @@ def left(live: Live, run: Run) -> list[str]:
         jobs = [job for job in client.fine_tuning.jobs.list() if (job.metadata or {}).get("tunewright-run") == run.id]
         results = {one for job in jobs for one in job.result_files}
         tuned = {job.fine_tuned_model for job in jobs}
-        return [
+        found = [
             *(one.filename for one in client.files.list() if run.id in one.filename or one.id in results),
             *(job.status for job in jobs if job.status not in ("succeeded", "failed", "cancelled")),
             *(one.id for one in client.models.list() if one.id in tuned),
         ]
+    table = {key: value for key, value in TABLES["azure"].items() if key != "kind"}
+    arm = AzurePlace(AzureSettings(**table, management=live.url))
+    accounts = [*arm.arm.accounts.list(**arm.plain), *arm.arm.deleted_accounts.list(**arm.plain)]
+    return [*found, *(f"account {one.name}" for one in accounts if one.name != "local")]
+
+
+@pytest.fixture(scope="session")
+def here(hosted_home: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """The report of the same recipe on this machine."""
+    given = recipe(hosted_home, "", "openai").model_dump(mode="json", exclude_unset=True)
+    given |= {"model": str(hosted_home / "tokenizer"), "backend": {"kind": "local", "threads": 1}}
+    run = life.start(recipes.loads(yaml.safe_dump(given)), tmp_path_factory.mktemp("here") / "runs", resume=False)
+    life.advance(run, until="evaluate")
+    return run.manifest("evaluate")
+
+
+def shape(report: Any) -> Any:
+    """The keys of a report, down to its numbers."""
+    if isinstance(report, dict):
+        return {key: shape(value) for key, value in report.items() if key not in ("models", "intervals", "counts")}
+    return "rows" if isinstance(report, list) else "value"
 
 
 @pytest.mark.parametrize("kind", ["openai", "azure"])
 def test_the_whole_life_and_nothing_is_left(
-    live: Live, proxy: Between, hosted_home: Path, tmp_path: Path, kind: str
+    live: Live,
+    proxy: Between,
+    hosted_home: Path,
+    tmp_path: Path,
+    kind: str,
+    here: dict[str, Any],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    if kind == "azure":
+        monkeypatch.delenv("AZURE_OPENAI_API_KEY")  # the control plane is asked for the account's
     run = begun(hosted_home, tmp_path, proxy.url, kind)
     life.advance(run)
     trained = run.manifest("train")
@@ -87,12 +118,20 @@ def test_the_whole_life_and_nothing_is_left(
     assert [entry for entry in run.metrics() if "loss" in entry]
     report = run.manifest("evaluate")
     assert (report["rows"], report["training"]["method"]) == (20, "hosted")
-    assert set(report["models"]) == {"tuned", "base", "tfidf"}
+    assert set(report["models"]) == set(here["models"]) == {"tuned", "base", "tfidf"}
+    assert set(report["models"]["tuned"]) <= set(here["models"]["tuned"])
+    assert shape(report) == shape(here)
     tested = run.manifest("test")
     assert (tested["rows"], tested["compared"]) == (4, 4)
     backend = base.backend(run.recipe())
     kinds = {one.kind for one in destroy.standing(run, backend)}
     assert kinds >= {"hosted-file", "hosted-model"}
+    found = {one.name: one for one in standing.find([run], prices.read()).standing}
+    if kind == "azure":
+        assert kinds >= {"azure-account", "azure-deployment"}
+        assert found[f"tw-tuned-{run.id}"].dollars_an_hour == (1.5, 2)
+        assert found[f"tw-base-{run.id}"].dollars_an_hour == (0, 0)
+        assert run.manifest("deploy")["model"] == f"tw-tuned-{run.id}"
     destroy.destroy(run, backend)
     assert left(live, run) == []
     destroy.destroy(run, backend)
@@ -164,10 +203,12 @@ def test_a_retired_base_and_a_missing_entitlement_are_named(
 
 
 def test_too_small_a_quota_and_an_unknown_filter_are_named(live: Live, proxy: Between, hosted_home: Path) -> None:
-    asked = recipe(hosted_home, proxy.url, "azure", {"account": "elsewhere"})
+    asked = recipe(hosted_home, proxy.url, "azure", {"account": "elsewhere", "create_account": False})
     (problem,) = base.backend(asked).check(asked, ("train",))
     assert "has no account elsewhere; make it, or set backend.create_account: true" in problem.message
-    asked = recipe(hosted_home, proxy.url, "azure", {"content_filter": "strict"})
+    asked = recipe(
+        hosted_home, proxy.url, "azure", {"content_filter": "strict", "resource_group": "local", "account": "local"}
+    )
     (problem,) = base.backend(asked).check(asked, ("train",))
     assert "has no content filter 'strict'" in problem.message
     with azure.explained("looking"):
@@ -221,10 +262,10 @@ FAULTS = [
     ("GET /v1/fine_tuning/jobs/[^/]+$", "401", 2),
     ("GET /v1/fine_tuning/jobs/[^/]+$", "500", 3),
     ("GET /v1/fine_tuning/jobs/[^/]+/events", "429", 3),
-    ("POST /v1/files$", "cut", 1),
     ("POST /v1/files$", "503", 2),
-    ("POST /v1/fine_tuning/jobs$", "cut", 1),
+    ("POST /v1/files$", "cut", 1),
     ("POST /v1/fine_tuning/jobs$", "500", 2),
+    ("POST /v1/fine_tuning/jobs$", "cut", 1),
     ("POST /v1/chat/completions", "429", 5),
     ("POST /v1/chat/completions", "cut", 1),
 ]

@@ -7,6 +7,7 @@ that made them. What carries it not is never touched.
 from __future__ import annotations
 
 import contextlib
+import time
 import weakref
 from collections.abc import Callable, Iterable, Iterator
 from functools import cached_property, partial
@@ -21,6 +22,8 @@ from tunewright.run import Run
 
 TAG = "tunewright-run"
 ACTIVE = ("validating_files", "queued", "running", "paused", "pausing", "resuming")
+STOP_S = 60
+"""How long a job is given to end."""
 FILE, JOB, MODEL = "hosted-file", "hosted-job", "hosted-model"
 One = TypeVar("One")
 Facts = dict[str, Any]
@@ -95,10 +98,19 @@ class Place:
         return "gone"
 
     def cancel(self, job_id: str) -> Literal["gone", "going"]:
-        """Ask a job to end; `going` while it has not."""
+        """End a job, and remove what it may have made just before; `going` where it takes its time."""
         with contextlib.suppress(openai.BadRequestError):  # it ended by itself meanwhile
             self.client.fine_tuning.jobs.cancel(job_id)
-        return "going" if self.client.fine_tuning.jobs.retrieve(job_id).status in ACTIVE else "gone"
+        deadline = time.monotonic() + STOP_S
+        while (job := self.client.fine_tuning.jobs.retrieve(job_id)).status in ACTIVE:
+            if time.monotonic() > deadline:
+                return "going"
+            time.sleep(min(2.0, self.settings.poll_s))
+        if job.fine_tuned_model:
+            gone(partial(self.client.models.delete, job.fine_tuned_model))
+        for file in job.result_files or ():
+            gone(partial(self.client.files.delete, file))
+        return "gone"
 
     def jobs_of(self, run: Run) -> Iterable[Any]:
         return (job for job in self.client.fine_tuning.jobs.list(limit=100) if (job.metadata or {}).get(TAG) == run.id)
