@@ -148,7 +148,7 @@ def test_the_whole_life_and_nothing_is_left(
         ({"train": {"epochs": 51}}, "whole numbers up to 50"),
         ({"task": "chat", "evaluate": {"metric": "loss"}}, "evaluate.metric: loss is not told by chat completions"),
         ({"revision": "main"}, "knows its bases by name alone"),
-        ({"model": "gpt-4.1-micro"}, "model gpt-4.1-micro: the endpoint has none of that name"),
+        ({"model": "gpt-4.1-micro"}, "has none of that name"),
     ],
 )
 def test_what_the_api_cannot_do_is_named_and_nothing_is_made(
@@ -218,6 +218,30 @@ def test_too_small_a_quota_and_an_unknown_filter_are_named(live: Live, proxy: Be
         assert place.quota_left("anywhere", MODEL) == 3
         with pytest.raises(UserError, match="no region has 10 thousand tokens a minute left"):
             place.region(MODEL)
+
+
+def test_a_region_says_what_a_base_is_good_for(proxy: Between, hosted_home: Path) -> None:
+    """As Azure's models call says it, before there is an account."""
+    table = recipe(hosted_home, proxy.url, "azure").backend.model_extra or {}
+    place = AzurePlace(backend_settings(AzureSettings, "azure", table))
+
+    def said(**more: Any) -> list[str]:
+        model = SimpleNamespace(
+            **{"name": "gpt-4.1-mini", "version": "2025-04-14", "capabilities": {}, "deprecation": None, **more}
+        )
+        listed = SimpleNamespace(list=lambda *_, **__: [SimpleNamespace(model=model)])
+        place.__dict__["arm"] = SimpleNamespace(models=listed)
+        return place._ends("swedencentral", MODEL)
+
+    assert said() == []
+    (retired,) = said(deprecation=SimpleNamespace(inference="2025-04-30T00:00:00Z", fine_tune=None))
+    assert "answers no more since 2025-04-30" in retired
+    (closed,) = said(deprecation=SimpleNamespace(inference=None, fine_tune="2025-01-01T00:00:00Z"))
+    assert "takes no more jobs since 2025-01-01" in closed
+    (refused,) = said(capabilities={"fineTune": "false"})
+    assert "not open to fine-tuning in swedencentral" in refused
+    (absent,) = said(version="2024-01-01")
+    assert "swedencentral has none of that name; there are gpt-4.1-mini-2024-01-01" in absent
 
 
 def test_the_bill_is_the_price_table_times_the_tokens(live: Live, proxy: Between, hosted_home: Path) -> None:

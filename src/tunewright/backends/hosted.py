@@ -247,8 +247,7 @@ class AzureBackend(HostedBackend):
 
     def _look(self, recipe: Recipe) -> list[Problem]:
         asked = self.settings
-        problems = self.place.problems(recipe.model)
-        if problems:
+        if problems := self.place.problems(recipe.model):
             return [Problem(one) for one in problems]
         if self.place.is_there():
             return super()._look(recipe)

@@ -140,10 +140,10 @@ class AzurePlace(Place):
             account = self._account()
             if account is None and not asked.create_account:
                 self._account_endpoint()  # says what to do
+            region = self.region(base) if account is None else account.location
+            found = self._ends(region, base)
             if account is None:
-                self.region(base)
-                return []
-            found = []
+                return found
             left = self.quota_left(account.location, base)
             if left is not None and left < asked.capacity:
                 found.append(
@@ -154,6 +154,26 @@ class AzurePlace(Place):
             if asked.content_filter and asked.content_filter not in {one.name for one in policies}:
                 found.append(f"backend.content_filter: the account has no content filter {asked.content_filter!r}")
             return found
+
+    def _ends(self, region: str, base: str) -> list[str]:
+        """What a region says of a base: that it is there, may be tuned, and is not retired."""
+        name, version = _named(base)
+        version = self.settings.model_version or version
+        known = [one.model for one in self.arm.models.list(region, **self.plain) if one.model is not None]
+        ours = [one for one in known if (one.name == name and version in (None, one.version)) or one.name == base]
+        if not ours:
+            near = sorted({f"{one.name}-{one.version}" for one in known if one.name == name})[:5]
+            hint = f"; there are {', '.join(near)}" if near else ""
+            return [f"model {base}: {region} has none of that name{hint}"]
+        found = []
+        capabilities, ends = ours[0].capabilities or {}, ours[0].deprecation
+        dates = {} if ends is None else {"answers no more": ends.inference, "takes no more jobs": ends.fine_tune}
+        for what, when in dates.items():
+            if when and str(when)[:10] <= time.strftime("%Y-%m-%d"):
+                found.append(f"model {base}: it {what} since {str(when)[:10]}; choose a newer base")
+        if not found and str(capabilities.get("fineTune", "true")).lower() == "false":
+            found.append(f"model {base}: it is not open to fine-tuning in {region}; choose another, or ask for access")
+        return found
 
     def prepare(self, run: Run) -> None:
         """Make the account where it is not there and the recipe says so."""
