@@ -191,6 +191,8 @@ def check(recipe: Recipe, stages: Iterable[str] = STAGES) -> Checked:
         problems += backends.backend(recipe).check(recipe, tuple(stages))
     except RecipeError as error:
         problems.append(Problem(str(error)))
+        if backends.hosts(recipe.backend.kind):
+            return Checked(problems)  # without the API nobody knows the base
     ref, data, equipment = None, None, None
     if recipe.train.adapter is not None:
         try:

@@ -118,7 +118,7 @@ def outcome(result: Outcome) -> None:
         err.print(f"report: {run.report_page}", markup=False)
     if run.status("deploy") == "done":
         endpoint = run.manifest("deploy")
-        err.print(f"endpoint: {endpoint['base_url']}  model {endpoint['model']}  key in {run.key_file}", markup=False)
+        err.print(f"endpoint: {endpoint['base_url']}  model {endpoint['model']}{_key(run)}", markup=False)
 
 
 def next_steps(run: Run) -> None:
@@ -188,6 +188,11 @@ def checked_json(found: Checked) -> dict[str, Any]:
     }
 
 
+def _key(run: Run) -> str:
+    """Where the endpoint's key is, where it is one of ours."""
+    return f"  key in {run.key_file}" if run.key_file.is_file() else ""
+
+
 def _bar(what: str, note: str) -> Progress:
     """A progress bar on a terminal, nothing elsewhere."""
     return Progress(
@@ -223,17 +228,22 @@ def plan(planned: dict[str, Any], *, console: Console = out) -> None:
     low, high = planned["seconds"]
     console.print(f"backend  {planned['backend']}", markup=False)
     console.print("rows     " + ", ".join(f"{count} {split}" for split, count in planned["rows"].items()))
-    console.print(f"steps    {planned['steps']}")
+    console.print(f"steps    {planned['steps'] or 'as many as the API chooses a batch size for'}")
     tokens = planned["tokens"]
     console.print(
         f"tokens   {tokens['train']:,} in training ({tokens['train_per_epoch']:,} an epoch), "
         f"{tokens['test']:,} in the test set, up to {tokens['evaluate']:,} in evaluation"
     )
-    told = "guessed from this machine's matrix products" if planned["here"] else "were it this machine"
-    console.print(f"time     {_duration(low)} to {_duration(high)}, {told}")
-    console.print(f"method   {planned['method']}: {planned['why']['method']}", markup=False)
-    console.print(f"memory   about {planned['memory_bytes'] / 1e9:.1f} GB")
-    console.print(f"disk     about {planned['disk_bytes'] / 1e9:.1f} GB")
+    if planned["method"] == "hosted":
+        sent, answered = tokens["input"], tokens["output"]
+        console.print(f"asks     {sent:,} tokens of questions, up to {answered:,} of answers, in evaluation and test")
+        console.print("time     not known before: the API's queue and its training")
+    else:
+        told = "guessed from this machine's matrix products" if planned["here"] else "were it this machine"
+        console.print(f"time     {_duration(low)} to {_duration(high)}, {told}")
+        console.print(f"method   {planned['method']}: {planned['why']['method']}", markup=False)
+        console.print(f"memory   about {planned['memory_bytes'] / 1e9:.1f} GB")
+        console.print(f"disk     about {planned['disk_bytes'] / 1e9:.1f} GB")
     cost = planned["cost"]
     if cost["high"] is None:
         console.print(f"cost     not known before: {cost['note']}", markup=False)
@@ -385,9 +395,7 @@ def show(run: Run, known: dict[str, Any]) -> None:
     if "endpoint" in known:
         endpoint = known["endpoint"]
         down = "" if endpoint["up"] else "  (not running; `tunewright deploy` starts it)"
-        out.print(
-            f"endpoint: {endpoint['base_url']}  model {endpoint['model']}  key in {run.key_file}{down}", markup=False
-        )
+        out.print(f"endpoint: {endpoint['base_url']}  model {endpoint['model']}{_key(run)}{down}", markup=False)
     if "test" in known:
         test = known["test"]
         out.print(
@@ -402,7 +410,8 @@ def _what(run: Run, stage: str) -> str:
     match stage:
         case "check":
             size = f"{manifest['model']['parameters']:,} weights, " if manifest["model"]["parameters"] else ""
-            return f"{manifest['model']['name']}, {size}on {manifest['device']}"
+            where = "behind an API" if manifest["device"] == "hosted" else f"on {manifest['device']}"
+            return f"{manifest['model']['name']}, {size}{where}"
         case "plan":
             low, high = manifest["seconds"]
             took = f"{_duration(low)} to {_duration(high)}"

@@ -98,7 +98,8 @@ def write_readme(run: Run) -> None:
         lines += [
             "## Endpoint",
             "",
-            f"`{endpoint['base_url']}`, model `{endpoint['model']}`, the key is in `deploy/key`.",
+            f"`{endpoint['base_url']}`, model `{endpoint['model']}`"
+            + (", the key is in `deploy/key`." if run.key_file.is_file() else "."),
             "",
         ]
     lines += [

@@ -8,8 +8,9 @@ Databricks job and a hosted fine-tuning API equally well. Backends register by t
 from __future__ import annotations
 
 import difflib
+from collections.abc import Iterable
 from dataclasses import dataclass, field
-from importlib.metadata import entry_points
+from importlib.metadata import EntryPoint, entry_points
 from typing import Any, Literal, Protocol, runtime_checkable
 
 from tunewright.data.prepare import Assembled
@@ -203,13 +204,18 @@ class Answers(Protocol):
         ...
 
 
+def hosts(kind: str) -> bool:
+    """Whether the weights of a kind of backend are behind an API, told without its settings."""
+    return any(point.name == kind and hasattr(point.load(), "base") for point in _points())
+
+
 def backend(recipe: Recipe) -> Backend:
     """The backend that a recipe names, with its settings checked.
 
     Raises:
         RecipeError: there is none of that name, or its table holds something it does not know.
     """
-    kinds = {point.name: point for point in entry_points(group="tunewright.backends")}
+    kinds = {point.name: point for point in _points()}
     kind = recipe.backend.kind
     if kind not in kinds:
         near = difflib.get_close_matches(kind, kinds, n=1)
@@ -218,3 +224,7 @@ def backend(recipe: Recipe) -> Backend:
     settings = {key: value for key, value in recipe.backend.model_dump().items() if key != "kind"}
     made: Backend = kinds[kind].load()(settings)
     return made
+
+
+def _points() -> Iterable[EntryPoint]:
+    return entry_points(group="tunewright.backends")
