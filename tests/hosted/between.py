@@ -14,6 +14,8 @@ from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import urlsplit
 
+SLOW_S = 15
+"""Longer than the clients of these tests wait."""
 HOP = ("transfer-encoding", "connection", "content-length", "host")
 MAKES = re.compile(r"POST /(openai/)?v1/(files|fine_tuning/jobs)$|PUT /subscriptions/.*/(accounts|deployments)/[^/]+$")
 """Calls that make something."""
@@ -86,6 +88,8 @@ class Between:
             content = answer.read()
             given = {key: value for key, value in answer.getheaders() if key.lower() not in HOP}
         if fault is not None and fault.how != "pass":
+            if fault.how == "slow":
+                threading.Event().wait(SLOW_S)
             if fault.how == "kill":
                 os.kill(fault.pid, signal.SIGKILL)
             request.close_connection = True

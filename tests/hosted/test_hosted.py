@@ -6,6 +6,7 @@ import json
 import re
 import subprocess
 import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -285,6 +286,7 @@ def test_money_is_asked_for_and_held_to(live: Live, proxy: Between, hosted_home:
 FAULTS = [
     ("GET /v1/fine_tuning/jobs/[^/]+$", "401", 2),
     ("GET /v1/fine_tuning/jobs/[^/]+$", "500", 3),
+    ("GET /v1/fine_tuning/jobs/[^/]+$", "slow", 1),
     ("GET /v1/fine_tuning/jobs/[^/]+/events", "429", 3),
     ("POST /v1/files$", "503", 2),
     ("POST /v1/files$", "cut", 1),
@@ -299,7 +301,7 @@ FAULTS = [
 def test_faults_in_between_are_lived_through_and_nothing_is_made_twice(
     live: Live, proxy: Between, hosted_home: Path, tmp_path: Path
 ) -> None:
-    run = begun(hosted_home, tmp_path, proxy.url, "openai")
+    run = begun(hosted_home, tmp_path, proxy.url, "openai", {"timeout_s": 10})
     for call, how, times in FAULTS:
         proxy.fault(call, how, times, **({"retry_after": "0"} if how == "429" else {}))
     life.advance(run, until="evaluate")
@@ -310,6 +312,32 @@ def test_faults_in_between_are_lived_through_and_nothing_is_made_twice(
         jobs = [one for one in client.fine_tuning.jobs.list() if (one.metadata or {}).get("tunewright-run") == run.id]
     assert len(ours) == len(set(ours)) == 1
     assert len(jobs) == 1
+    destroy.destroy(run, base.backend(run.recipe()))
+    assert left(live, run) == []
+
+
+@pytest.mark.slow
+def test_a_job_that_is_cancelled_over_there_is_said_and_made_anew(
+    live: Live, proxy: Between, hosted_home: Path, tmp_path: Path
+) -> None:
+    run = begun(hosted_home, tmp_path, proxy.url, "openai")
+    life.advance(run, until="prepare")
+    backend = base.backend(run.recipe())
+    job = backend.submit("train", run)
+    known = run.path / "jobs" / "hosted-job.json"
+    with openai.OpenAI(**live.client()) as client:
+        while not known.is_file():
+            assert backend.poll(job, run).state == "running"
+            time.sleep(0.1)
+        first = json.loads(known.read_text())["id"]
+        client.fine_tuning.jobs.cancel(first)
+        while (status := backend.poll(job, run)).state == "running":
+            time.sleep(0.1)
+        assert (status.state, status.kind) == ("failed", "StageError")
+        assert f"job {first} was cancelled over there; the same command makes another" in status.message
+        life.advance(run, until="train")
+        assert run.manifest("train")["job"] != first
+        assert len([one for one in client.files.list() if run.id in one.filename]) == 1
     destroy.destroy(run, base.backend(run.recipe()))
     assert left(live, run) == []
 
