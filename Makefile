@@ -18,7 +18,7 @@ demo: $(STAMP)
 	$(BIN)/tunewright demo
 
 test: $(STAMP)
-	$(BIN)/python -m pytest -n $(AT_ONCE) --dist loadfile
+	$(BIN)/python -m pytest -n $(AT_ONCE) --dist loadfile --no-loadscope-reorder
 
 test-slow: $(STAMP)
 	$(BIN)/python -m pytest -m slow --timeout=3600

@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from tunewright.run import Run
 
 OURS = ("HF_", "HUGGINGFACE_", "HUGGING_FACE_", "TRANSFORMERS_", "MLFLOW_", "OPENAI_", "AZURE_", "DATABRICKS_")
+LONG = ("spark", "hosted", "databricks", "clients")
+"""Folders whose files take minutes."""
 PROXIES = ("http_proxy", "https_proxy", "all_proxy", "no_proxy")
 
 
@@ -58,6 +60,11 @@ def _is_here(address: Any) -> bool:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
         return host in ("", "localhost")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files that take long come first, so that of several processes none is left with one alone at the end."""
+    items.sort(key=lambda item: LONG.index(item.path.parent.name) if item.path.parent.name in LONG else len(LONG))
 
 
 @pytest.fixture(autouse=True, scope="session")
