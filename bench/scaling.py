@@ -29,7 +29,7 @@ class Work:
     job_s: float
     """Jobs, and what each costs whatever it does."""
     load_s: float
-    """What each executor's Python does before its first row: imports, tokenizer, model."""
+    """What each executor's Python does before its first row: imports, tokenizer, model (assumed)."""
     bytes_of_a_row: float
 
 
@@ -101,12 +101,12 @@ class Step:
 
 
 WORKS = (
-    Work("Preparing", 100_000_000, 250e-6, 6e-6, 5, 0.6, 8, 350),
-    Work("Answering, a model of 28,000 weights", 100_000_000, 900e-6, 0.0, 2, 0.6, 12, 0),
-    Work("Answering, a model of 124 million weights", 10_000_000, 60e-3, 0.0, 2, 0.6, 20, 0),
+    Work("Preparing", 100_000_000, 159e-6, 0.92e-6, 5, 0.43, 8, 778),
+    Work("Answering, a model of 28,000 weights", 100_000_000, 775e-6, 0.0, 2, 0.43, 12, 0),
+    Work("Answering, a model of 124 million weights", 10_000_000, 67.6e-3, 0.0, 2, 0.43, 20, 0),
 )
 STEPS = {
-    "Training 124M weights whole, 8,192 tokens a step, CPUs, gloo over 10 Gbit/s": Step(24.0, 498e6, 1.1e9, 2e-4),
-    "The same with LoRA of rank 16 (1.2M weights)": Step(18.0, 4.7e6, 1.1e9, 2e-4),
+    "Training 124M weights whole, 8,192 tokens a step, CPUs, gloo over 10 Gbit/s": Step(54.7, 498e6, 1.1e9, 2e-4),
+    "The same with LoRA of rank 16 (1.2M weights)": Step(36.9, 4.7e6, 1.1e9, 2e-4),
     "Training 124M weights whole, 65,536 tokens a step, GPUs, NCCL over 200 Gbit/s": Step(0.16, 249e6, 22e9, 2e-5),
 }
