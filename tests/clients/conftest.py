@@ -10,6 +10,7 @@ from typing import Any
 
 import environments
 import pytest
+
 from live_server import Live, serving
 
 HERE = Path(__file__).parent

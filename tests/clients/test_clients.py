@@ -11,8 +11,9 @@ from typing import Any
 
 import pytest
 from environments import PINS, Run, encodings
-from live_server import MODEL, Live
 from openai import OpenAI
+
+from live_server import MODEL, Live
 
 OPENAI = ("openai-1", "openai-2", "openai-3")
 LOCAL = (

@@ -144,7 +144,9 @@ def contents(run: Run) -> dict[str, bytes]:
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_every_file_is_that_of_one_machine(case: Any, spark: Any, model: Path, tmp_path: Path) -> None:
+def test_every_file_is_that_of_one_machine(
+    case: Any, spark: Any, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     given = case(tmp_path)
     here = begun(tmp_path, model, given)
     work.prepare(here)
@@ -155,6 +157,8 @@ def test_every_file_is_that_of_one_machine(case: Any, spark: Any, model: Path, t
         assert contents(there).keys() == contents(here).keys()
         for name, content in contents(here).items():
             assert contents(there)[name] == content, (name, partitions)
+    monkeypatch.chdir(tmp_path)
+    assert sources.shown(tmp_path / "a.csv") == "a.csv"  # the driver still names files as seen from where it stands
 
 
 def test_what_stops_one_machine_stops_the_cluster_in_the_same_words(spark: Any, model: Path, tmp_path: Path) -> None:

@@ -194,7 +194,7 @@ class _Preparation:
             if picked is None or len(picked[0])
         ]
         here = str(self.here)
-        rows = context.parallelize(work, max(1, len(work))).flatMap(lambda one: _read(one, here))
+        rows = context.parallelize(work, max(1, len(work))).flatMap(lambda one: _read_there(one, here))
         whole = split.rows
         in_order = split.chosen is None
         if in_order and (len(work) >= parts or self.asked.partitions == len(work)):
@@ -205,7 +205,7 @@ class _Preparation:
         """The first rows of a split."""
         if split.chosen is None:
             for piece, start in zip(split.pieces, np.cumsum([0, *split.of_pieces]), strict=False):
-                yield from (row for _, row in _read((piece, split.side, None, int(start)), str(self.here)))
+                yield from (row for _, row in _read((piece, split.side, None, int(start))))
             return
         first = self._run(lambda: rows.filter(lambda one: one[0] < shapes.LOOKED_AT).collect(), "reading rows")
         yield from (row for _, row in sorted(first, key=lambda one: one[0]))
@@ -375,10 +375,14 @@ def _of_side(piece: Piece, side: tuple[float, int, bool] | None) -> Iterator[Row
     return (row for row in rows if preparing.held_out(row, share, seed) == held)
 
 
-def _read(one: tuple[Piece, Any, Any, int], here: str) -> Iterator[tuple[int, Row | Broken]]:
+def _read_there(one: tuple[Piece, Any, Any, int], here: str) -> Iterator[tuple[int, Row | Broken]]:
+    sources.see_from(Path(here))
+    return _read(one)
+
+
+def _read(one: tuple[Piece, Any, Any, int]) -> Iterator[tuple[int, Row | Broken]]:
     """The rows of a piece that are wanted, each with its place."""
     piece, side, picked, start = one
-    sources.see_from(Path(here))
     rows = enumerate(_of_side(piece, side))
     if picked is None:
         yield from ((start + number, row) for number, row in rows)
