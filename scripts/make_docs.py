@@ -14,15 +14,26 @@ from pydantic_core import PydanticUndefined
 from typer.testing import CliRunner
 
 from tunewright import cli
+from tunewright.data.codes import CODES
 from tunewright.recipe import GRADERS, REFUSED, RENAMED, BackendChoice, GraderMessage, Recipe, Sampling, Section
 
 DOCS = Path(__file__).parents[1] / "docs"
 WIDTH = 100
+TABLE_BEGINS, TABLE_ENDS = "<!-- findings -->", "<!-- end of findings -->"
 
 
 def main() -> None:
-    for name, text in {"cli.md": cli_page(), "recipe.md": recipe_page()}.items():
+    for name, text in {"cli.md": cli_page(), "recipe.md": recipe_page(), "checks.md": checks_page()}.items():
         (DOCS / name).write_text(text)
+
+
+def checks_page() -> str:
+    """docs/checks.md with its table of findings made anew; the words around it are a person's."""
+    before, _, rest = (DOCS / "checks.md").read_text().partition(TABLE_BEGINS)
+    _, _, after = rest.partition(TABLE_ENDS)
+    rows = [f"| `{code}` | {kind.means} | {kind.fix} |" for code, kind in CODES.items()]
+    table = "\n".join(["", "| finding | what it means | what to do |", "| --- | --- | --- |", *rows, ""])
+    return f"{before}{TABLE_BEGINS}{table}{TABLE_ENDS}{after}"
 
 
 def cli_page() -> str:

@@ -26,10 +26,10 @@ def loaded(path: str) -> Any:
     return module
 
 
-@pytest.mark.parametrize("page", ["cli.md", "recipe.md"])
+@pytest.mark.parametrize("page", ["cli.md", "recipe.md", "checks.md"])
 def test_generated_pages_are_current(page: str) -> None:
     make_docs = loaded("scripts/make_docs.py")
-    fresh = make_docs.cli_page() if page == "cli.md" else make_docs.recipe_page()
+    fresh = getattr(make_docs, page.replace(".md", "_page"))()
     assert (ROOT / "docs" / page).read_text() == fresh, "run .venv/bin/python scripts/make_docs.py"
 
 

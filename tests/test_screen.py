@@ -9,13 +9,16 @@ import pytest
 from rich.console import Console
 
 from tunewright import screen
+from tunewright.data.codes import CODES
+
+DO = f"    do: {CODES['over_length'].fix}\n"
 
 
 @pytest.mark.parametrize(
     ("count", "named", "said"),
     [
-        (1, 1, "train: 1 over_length: a.jsonl:1: too long\n"),
-        (3, 3, "train: 3 over_length, such as a.jsonl:1: too long\n    all: a.jsonl:1, :2, :3\n"),
+        (1, 1, f"train: 1 over_length: a.jsonl:1: too long\n{DO}"),
+        (3, 3, f"train: 3 over_length, such as a.jsonl:1: too long\n{DO}    all: a.jsonl:1, :2, :3\n"),
         (900_000, 50, ", :40 and 899960 more, in data/findings.jsonl\n"),
     ],
 )

@@ -10,7 +10,7 @@ life.report["comparison"]["verdict"]
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from tunewright import destroy as removal
 from tunewright import life, plan, summary
 from tunewright import recipe as recipes
 from tunewright.backends import base as backends
+from tunewright.data.mend import Mended
 from tunewright.errors import RunError
 from tunewright.life import Checked, Outcome, Watcher
 from tunewright.recipe import Recipe
@@ -47,13 +48,24 @@ class Life:
         """evaluate/report.json."""
         return self.folder.manifest("evaluate")
 
-    def check(self) -> Checked:
-        """What is wrong with the backend's settings, the model and every row, found without training."""
-        return life.check(self.recipe)
+    def check(
+        self, *, inspect: bool = True, api: bool = False, progress: Callable[[int, int], None] | None = None
+    ) -> Checked:
+        """What is wrong with the backend's settings, the model and every row, found without training.
+
+        Args:
+            inspect: also take a long look at the rows: duplicates, contradictions, leaks, secrets and so on.
+            api: also hold the rows to the rules of OpenAI's and Azure OpenAI's fine-tuning API.
+        """
+        return life.check(self.recipe, inspect=inspect, api=api, progress=progress)
+
+    def mend(self, out: str | Path) -> Mended:
+        """Write a copy of the data with what can be mended mended, and every change in OUT.changes.jsonl."""
+        return life.mend(self.recipe, Path(out))
 
     def plan(self) -> dict[str, Any]:
         """Tokens, steps, time, memory, and what will be made."""
-        resolved = life.resolve(self.recipe, self.check(), self.runs)
+        resolved = life.resolve(self.recipe, self.check(inspect=False), self.runs)
         return plan.estimate(self.recipe, resolved, backends.backend(self.recipe))
 
     def run(self, *, until: str = "test", watcher: Watcher | None = None) -> Outcome:
@@ -131,4 +143,20 @@ def open(
     return Life(life.located(recipe, given.absolute().parent), runs, resume=resume)
 
 
-__all__ = ["DEFAULT_RUNS", "STAGES", "Life", "open"]
+def for_data(source: str, *, model: str = "starter", test: str | None = None, runs: str | Path = DEFAULT_RUNS) -> Life:
+    """A data file, glob, folder or hub data set with the recipe that `tunewright init` would write for it.
+
+    Args:
+        model: whose tokenizer and chat template the rows are looked at with.
+        test: the test set. Default: test.* beside train.*, else a tenth is held out.
+
+    Raises:
+        DataError: nothing can be read, or nothing in it looks like something to learn.
+    """
+    from tunewright.data import guess
+
+    recipe = recipes.loads(guess.recipe_for(source, model=model, test=test), f"the recipe for {source}")
+    return Life(life.located(recipe, Path.cwd()), Path(runs))
+
+
+__all__ = ["DEFAULT_RUNS", "STAGES", "Life", "for_data", "open"]

@@ -88,6 +88,11 @@ class Where(enum.StrEnum):
     spark = "spark"
 
 
+class Api(enum.StrEnum):
+    openai = "openai"
+    azure = "azure"
+
+
 class LogFormat(enum.StrEnum):
     text = "text"
     json = "json"
@@ -160,16 +165,42 @@ def init(
 
 
 @app.command()
-def check(recipe: RecipeOrRun, sets: SetOption = None, as_json: JsonOption = False) -> None:
+def check(
+    given: Annotated[str, typer.Argument(metavar="DATA|RECIPE", help="A data file, a hub data set, or a recipe.")],
+    sets: SetOption = None,
+    api: Annotated[
+        Api | None, typer.Option("--for", help="Hold the rows to the rules of OpenAI's and Azure OpenAI's API.")
+    ] = None,
+    fix: Annotated[
+        Path | None,
+        typer.Option("--fix", metavar="OUT", help="Write a mended copy: a file for the training rows, or a folder."),
+    ] = None,
+    model: Annotated[str, typer.Option(help="For data: whose tokenizer and chat template to look with.")] = "starter",
+    test: Annotated[
+        str | None, typer.Option(help="For data: the test set. Default: test.* beside train.*, else a tenth.")
+    ] = None,
+    as_json: JsonOption = False,
+) -> None:
     """Find what is wrong with the recipe, the model and every row of the data, without training."""
+    from tunewright import api as verbs
     from tunewright import screen
 
-    life = _open(recipe, RUNS, sets)
-    checked = life.check()
+    if _is_data(given):
+        if sets:
+            raise errors.RecipeError(f"--set is for recipes; `tunewright init {given}` writes one")
+        life = verbs.for_data(given, model=model, test=test)
+    else:
+        life = _open(Path(given), RUNS, sets)
+    with screen.Bar("rows") as progress:
+        checked = life.check(api=api is not None, progress=progress)
+    mended = life.mend(fix) if fix is not None else None
     if as_json:
-        print(json.dumps(screen.checked_json(checked), indent=1))
+        facts = screen.checked_json(checked) | ({"mended": mended.to_dict()} if mended is not None else {})
+        print(json.dumps(facts, indent=1))
     else:
         screen.checked(checked)
+        if mended is not None:
+            screen.mended(mended)
     raise typer.Exit(errors.BAD_INPUT if checked.errors else errors.DONE)
 
 
@@ -718,6 +749,18 @@ def _open(path: Path, runs: Path, sets: list[str] | None, resume: bool | None = 
     from tunewright import api
 
     return api.open(path, runs=runs, overrides=sets or (), resume=resume)
+
+
+def _is_data(given: str) -> bool:
+    """Whether an argument names data rather than a recipe or a run."""
+    from tunewright.data import sources
+
+    path = Path(given)
+    if path.suffix.lower() in (".yaml", ".yml") or (path / "state.json").is_file():
+        return False
+    if not path.exists() and (RUNS / given / "state.json").is_file():
+        return False
+    return sources.is_file(given) or sources.HUB.fullmatch(given) is not None
 
 
 def _destroy_several(runs: Path, older_than: str | None, files: bool, yes: bool) -> list[Removed]:

@@ -93,7 +93,7 @@ def explained(error: BaseException) -> TunewrightError | None:
         return DiskFullError(f"{where}no space left on the disk; free some and run the same command again")
     if isinstance(error, OSError) and error.filename and error.errno in NOT_OURS:
         return UserError(f"{error.filename}: {error.strerror}")
-    if isinstance(error, RuntimeError) and "No space left on device" in str(error):  # safetensors, torch
+    if isinstance(error, Exception) and "No space left on device" in str(error):  # safetensors, torch
         return DiskFullError("no space left on the disk; free some and run the same command again")
     if isinstance(error, MemoryError) or (
         isinstance(error, RuntimeError) and any(words in str(error) for words in OUT_OF_MEMORY)

@@ -14,7 +14,7 @@ import platform
 import shutil
 import subprocess
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
@@ -25,7 +25,11 @@ from tunewright import recipe as recipes
 from tunewright import run as run_folders
 from tunewright.backends import base as backends
 from tunewright.backends.base import Backend, Job, Problem, Serves
+from tunewright.data import mend as mending
 from tunewright.data import prepare, sources
+from tunewright.data.findings import Findings
+from tunewright.data.inspection import LEAKS, Inspector
+from tunewright.data.mend import Mended
 from tunewright.data.prepare import Assembled
 from tunewright.errors import NOT_BETTER, RecipeError, RunError, StageError
 from tunewright.models import ModelRef
@@ -73,6 +77,8 @@ class Checked:
     model: ModelRef | None = None
     data: Assembled | None = None
     rendering: chat.Equipment | None = None
+    inspection: Findings | None = None
+    """What a long look at the rows found; None where nobody looked, or could."""
 
     @property
     def errors(self) -> list[Problem]:
@@ -181,10 +187,21 @@ def verdict(run: Run) -> str | None:
     return said
 
 
-def check(recipe: Recipe, stages: Iterable[str] = STAGES) -> Checked:
+def check(
+    recipe: Recipe,
+    stages: Iterable[str] = STAGES,
+    *,
+    inspect: bool = True,
+    api: bool = False,
+    progress: Callable[[int, int], None] | None = None,
+) -> Checked:
     """What is wrong with the backend's settings, the model and every row, found without training.
 
     Problems are returned, not raised, so that a person sees them all.
+
+    Args:
+        inspect: also take a long look at the rows: duplicates, contradictions, leaks, secrets and so on.
+        api: also hold the rows to the rules of OpenAI's and Azure OpenAI's fine-tuning API.
     """
     problems: list[Problem] = []
     try:
@@ -193,7 +210,7 @@ def check(recipe: Recipe, stages: Iterable[str] = STAGES) -> Checked:
         problems.append(Problem(str(error)))
         if backends.hosts(recipe.backend.kind):
             return Checked(problems)  # without the API nobody knows the base
-    ref, data, equipment = None, None, None
+    ref, data, equipment, inspection = None, None, None, None
     if recipe.train.adapter is not None:
         try:
             models.find_adapter(recipe.train.adapter)
@@ -213,11 +230,20 @@ def check(recipe: Recipe, stages: Iterable[str] = STAGES) -> Checked:
             said = f"the rows of {names} are looked at in prepare, where Spark is; the plan does not count them"
             problems.append(Problem(said, "warning"))
         else:
-            data = prepare.assemble(recipe, ref, tokenizer, equipment)
+            inspector = Inspector(recipe, tokenizer, equipment, api=api) if inspect else None
+            look = inspector.add if inspector else None
+            data = prepare.assemble(recipe, ref, tokenizer, equipment, look=look, lenient=True, progress=progress)
+            problems += [Problem(str(error)) for error in prepare.stops(recipe, data)]
+            inspection = inspector.finish(data.splits) if inspector else None
             problems += hosted.check_rows(recipe, data) if hosted is not None else []
     except errors.UserError as error:
         problems.append(Problem(str(error)))
-    return Checked(problems, ref, data, equipment)
+    problems += (
+        [Problem(f"{one.where}: {one.message}") for one in inspection.first if one.severity == "error"]
+        if (inspection)
+        else []
+    )
+    return Checked(problems, ref, data, equipment, inspection)
 
 
 def _do(stage: str, run: Run, recipe: Recipe, backend: Backend, watcher: Watcher) -> None:
@@ -265,7 +291,27 @@ def _check(run: Run, recipe: Recipe, watcher: Watcher) -> None:
     for problem in checked.problems:
         if problem is not next(iter(checked.errors), None):  # that one is raised below
             watcher.problem(problem)
+    if checked.inspection is not None:
+        write_json(run.inspection_file, checked.inspection.to_dict() | {"leaked": leaked(checked)})
     write_json(run.manifest_file("check"), resolve(recipe, checked, run.path.parent))
+
+
+def mend(recipe: Recipe, out: Path) -> Mended:
+    """Write a copy of the recipe's data with what can be mended mended (data/mend.py says what).
+
+    Raises:
+        DataError, ModelError: as `mend.mend`, and as the base's tokenizer.
+    """
+    hosted = _hosted(recipe)
+    ref = models.find(recipe.model, recipe.revision) if hosted is None else hosted.base(recipe)
+    tokenizer = models.load_tokenizer(ref)
+    return mending.mend(recipe, ref, tokenizer, chat.equip(tokenizer), out)
+
+
+def leaked(checked: Checked) -> list[str]:
+    """Where the test rows stand whose text training has seen, exactly or nearly."""
+    found = (*(checked.data.findings if checked.data else ()), *(checked.inspection or ()))
+    return sorted({one.where for one in found if one.code in LEAKS})
 
 
 def resolve(recipe: Recipe, checked: Checked, runs: Path) -> dict[str, Any]:

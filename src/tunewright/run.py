@@ -171,6 +171,11 @@ class Run:
         return self.path / "data" / f"{split}.{part}.npy"
 
     @property
+    def inspection_file(self) -> Path:
+        """What `check` found in the rows."""
+        return self.path / "data" / "inspection.json"
+
+    @property
     def findings_file(self) -> Path:
         """Every row that was left out or cut, one a line; the manifest has their numbers and the first of each kind."""
         return self.path / "data" / "findings.jsonl"

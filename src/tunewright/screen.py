@@ -25,12 +25,15 @@ from tunewright import summary
 from tunewright.backends.base import Problem
 from tunewright.curves import plot_loss
 from tunewright.data import sources
+from tunewright.data.codes import CODES
+from tunewright.data.mend import Mended
 from tunewright.life import Checked, Outcome, Watcher
 from tunewright.run import STAGES, Run
 from tunewright.standing import Found
 
 PLACES_SHOWN = 40
 """Places named for one kind of finding; the rest are in data/findings.jsonl."""
+SEVERITIES = ("error", "warning", "info")
 PLAIN_EVERY_S = 10
 """How often progress is said in a line of its own where there is no terminal."""
 AGES = ((86400, "d"), (3600, "h"), (60, "min"))
@@ -171,6 +174,8 @@ def checked(found: Checked) -> None:
             shown = ", ".join(found.data.labels[:12]) + (", ..." if len(found.data.labels) > 12 else "")
             out.print(f"labels  {len(found.data.labels)}: {shown}", markup=False)
         findings(found.data.findings.to_dict(), "--json", console=out)
+    if found.inspection is not None:
+        findings(found.inspection.to_dict(), "--json", console=out)
     for problem in found.problems:
         colour = "red" if problem.severity == "error" else "yellow"
         out.print(Text.assemble((f"{problem.severity}: ", f"bold {colour}"), problem.message))
@@ -185,7 +190,25 @@ def checked_json(found: Checked) -> dict[str, Any]:
         "model": found.model.to_dict() if found.model else None,
         "data": found.data.checks() | {"findings": list(map(asdict, found.data.findings))} if found.data else None,
         "rendering": found.rendering.to_dict() if found.rendering else None,
+        "inspection": found.inspection.to_dict() | {"findings": list(map(asdict, found.inspection))}
+        if found.inspection is not None
+        else None,
     }
+
+
+def mended(done: Mended) -> None:
+    """What `check --fix` wrote, and what it changed."""
+    rows = ", ".join(f"{count} {split}" for split, count in done.rows.items())
+    out.print(f"wrote   {', '.join(done.files)}: {rows} rows", markup=False, highlight=False)
+    by_kind: dict[tuple[str, str], list[str]] = defaultdict(list)
+    for change in done.changes:
+        by_kind[change.did, change.why.partition(":")[0]].append(change.where)
+    for (did, why), places in by_kind.items():
+        shown = _places(places[:PLACES_SHOWN])
+        more = f" and {len(places) - PLACES_SHOWN} more" if len(places) > PLACES_SHOWN else ""
+        out.print(f"        {len(places)} {did} ({why}): {shown}{more}", markup=False, highlight=False)
+    if not done.changes:
+        out.print("        nothing had to be changed")
 
 
 def _key(run: Run) -> str:
@@ -213,11 +236,15 @@ def findings(found: dict[str, Any], rest: str, *, console: Console = err) -> Non
     for row in found["findings"]:
         kinds[row["split"], row["code"], row["severity"]].append(row)
     counts = {(one["split"], one["code"], one["severity"]): one["count"] for one in found["counts"]}
-    for (split, code, severity), group in kinds.items():
+    for (split, code, severity), group in sorted(kinds.items(), key=lambda kind: SEVERITIES.index(kind[0][2])):
         count = counts[split, code, severity]
         line = Text.assemble((f"  {severity} ", "yellow" if severity == "warning" else ""), f"{split}: {count} {code}")
         line.append(f"{', such as' if count > 1 else ':'} {group[0]['where']}: {group[0]['message']}")
         console.print(line)
+        if text := group[0].get("text"):
+            console.print(Text(f"    text: {' '.join(text.split())}", style="dim"))
+        if code in CODES:
+            console.print(Text(f"    do: {CODES[code].fix}", style="dim"))
         if count > 1:
             shown = group[:PLACES_SHOWN]
             more = f" and {count - len(shown)} more, in {rest}" if count > len(shown) else ""

@@ -99,7 +99,7 @@ def shape(report: Any) -> Any:
     return "rows" if isinstance(report, list) else "value"
 
 
-@pytest.mark.parametrize("kind", ["openai", "azure"])
+@pytest.mark.parametrize("kind", [pytest.param("openai", marks=pytest.mark.slow), "azure"])
 def test_the_whole_life_and_nothing_is_left(
     live: Live,
     proxy: Between,

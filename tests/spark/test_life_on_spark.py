@@ -30,6 +30,7 @@ def both(master: str, tmp_path_factory: pytest.TempPathFactory) -> tuple[Run, Ru
     return here, there
 
 
+@pytest.mark.slow
 def test_the_cluster_trains_the_weights_of_one_process(both: tuple[Run, Run]) -> None:
     here, there = both
     assert there.manifest("train")["steps"] == here.manifest("train")["steps"]

@@ -109,9 +109,8 @@ def texts(folder: Path) -> dict[str, Any]:
 
 
 CASES = [
-    chat_rows,
     labelled_rows,
-    *(pytest.param(case, marks=pytest.mark.slow) for case in (held_out, quoted, columns, texts)),
+    *(pytest.param(case, marks=pytest.mark.slow) for case in (chat_rows, held_out, quoted, columns, texts)),
 ]
 
 

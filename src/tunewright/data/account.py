@@ -91,14 +91,13 @@ class Seen:
 
     def __init__(self) -> None:
         self.hashes = {split: array("Q") for split in COMPARED}
-        self.places = {split: _Places() for split in COMPARED}
+        self.places = {split: Places() for split in COMPARED}
 
     def add(self, split: str, example: Example) -> None:
         if split not in self.hashes:
             return
         said = example.text if example.text is not None else "\0".join(one.content for one in example.prompt)
-        plain = " ".join(said.casefold().split()).encode(errors="surrogatepass")
-        self.hashes[split].append(int.from_bytes(hashlib.blake2b(plain, digest_size=8).digest(), "little"))
+        self.hashes[split].append(hashed(said))
         self.places[split].append(example.source)
 
     def findings(self) -> Iterable[Finding]:
@@ -109,11 +108,17 @@ class Seen:
             yield seen_in_training(self.places["test"][int(row)], self.places["train"][int(first[at[row]])])
 
 
+def hashed(text: str) -> int:
+    """A hash of 8 bytes of a text, its case and white space aside."""
+    plain = " ".join(text.casefold().split()).encode(errors="surrogatepass")
+    return int.from_bytes(hashlib.blake2b(plain, digest_size=8).digest(), "little")
+
+
 def seen_in_training(tested: str, trained: str) -> Finding:
     return Finding("seen_in_training", "warning", tested, f"the same text is a training row: {trained}", "test")
 
 
-class _Places:
+class Places:
     """Where rows were found: what stands before the number (the file) once, and 12 bytes for each row."""
 
     def __init__(self) -> None:

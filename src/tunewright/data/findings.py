@@ -34,6 +34,8 @@ class Finding:
     message: str
     split: str
     rejected: bool = False
+    text: str = ""
+    """The beginning of what it is about, where that helps a person; never of a secret or of personal data."""
 
     @property
     def kind(self) -> tuple[str, str, str]:

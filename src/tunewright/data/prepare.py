@@ -97,9 +97,15 @@ def assemble(
     equipment: Equipment,
     *,
     run: Run | None = None,
+    look: Callable[[str, Example, chat.Rendering], None] | None = None,
+    lenient: bool = False,
     progress: Callable[[int, int], None] | None = None,
 ) -> Assembled:
     """Read, split, select, check and clip the data; where there is a run, write its rows and tokens.
+
+    Args:
+        look: is shown every row that is used, with its split.
+        lenient: go on behind a broken row; `stops` says afterwards what would have stopped here.
 
     Raises:
         DataError: nothing can be read, a row is broken (unless `data.bad_rows: skip`), a split ends up empty, the test
@@ -126,10 +132,12 @@ def assemble(
                     if fitted is not None:
                         seen.add(split, fitted[0])
                         put(*fitted)
+                        if look is not None:
+                            look(split, *fitted)
                     if progress and number % PROGRESS_ROWS == 0:
                         progress(done + number, total)
         done += len(table.rows)
-        close_split(result, rules, table, kept, tokenizer, equipment)
+        close_split(result, rules, table, kept, tokenizer, equipment, lenient=lenient)
     for note in notes:
         result.findings.add("notes", note)
     for finding in seen.findings():
@@ -192,8 +200,20 @@ def sift(
             yield fitted
 
 
+def stops(recipe: Recipe, result: Assembled) -> list[DataError]:
+    """For each split with a row that stops a run, the error that it stops with."""
+    return [error for split in result.splits if (error := _broken_row(recipe, split, result.findings)) is not None]
+
+
 def close_split(
-    result: Assembled, rules: Rules, table: Table, kept: Kept, tokenizer: Any, equipment: Equipment
+    result: Assembled,
+    rules: Rules,
+    table: Table,
+    kept: Kept,
+    tokenizer: Any,
+    equipment: Equipment,
+    *,
+    lenient: bool = False,
 ) -> None:
     """Enter a split's account, once all its rows are through.
 
@@ -203,7 +223,9 @@ def close_split(
     split = rules.split
     account = {"source": [sources.displayed(name) for name in table.names], "read": len(table.rows)}
     result.splits[split] = account | kept.account()
-    _stop_where_broken(rules.recipe, split, result.findings)
+    broken = _broken_row(rules.recipe, split, result.findings)
+    if broken is not None and not lenient:
+        raise broken
     _stop_where_empty(split, result)
     if result.labels is not None:
         if split == "train":
@@ -626,11 +648,11 @@ def _line(example: Example) -> bytes:
         return (json.dumps(given) + "\n").encode()
 
 
-def _stop_where_broken(recipe: Recipe, split: str, findings: Findings) -> None:
+def _broken_row(recipe: Recipe, split: str, findings: Findings) -> DataError | None:
     errors = [finding for finding in findings.first if finding.severity == "error" and finding.split == split]
     over = [finding for finding in errors if finding.code == "over_length"]
     if not errors or (recipe.data.bad_rows == "skip" and not over):
-        return
+        return None
     first = (over or errors)[0]
     others = sum(n for (of, _, severity), n in findings.counts.items() if (of, severity) == (split, "error")) - 1
     more = f" (and {others} more such rows)" if others else ""
@@ -639,7 +661,7 @@ def _stop_where_broken(recipe: Recipe, split: str, findings: Findings) -> None:
         if first.code == "over_length"
         else "mend it, or set data.bad_rows: skip to leave such rows out"
     )
-    raise DataError(f"{first.where}: {first.message}{more}; {advice}")
+    return DataError(f"{first.where}: {first.message}{more}; {advice}")
 
 
 def _stop_where_empty(split: str, result: Assembled) -> None:
