@@ -275,7 +275,7 @@ def test_a_changed_weight_is_caught(
         spoil(run.packaged_model / "model.safetensors", change)
 
     monkeypatch.setattr(formats, "_write_model", spoiling)
-    with pytest.raises(StageError, match="the packaged model is not the trained one: a logit differs by"):
+    with pytest.raises(StageError, match="trained -> packaged: it is no longer the same model: a logit differs by"):
         formats.package(run, Tracker(run))
     assert not run.manifest_file("package").exists()
 
@@ -291,7 +291,7 @@ def test_an_adapter_that_was_not_applied_is_caught(
         write(run, *given)
 
     monkeypatch.setattr(formats, "_write_model", spoiling)
-    with pytest.raises(StageError, match="not the trained one"):
+    with pytest.raises(StageError, match="no longer the same model"):
         formats.package(run, Tracker(run))
 
 
@@ -308,5 +308,5 @@ def test_another_base_is_caught(packaged: Run, tmp_path: Path, monkeypatch: pyte
         return model
 
     monkeypatch.setattr(models, "load_model", other)
-    with pytest.raises(StageError, match="not the trained one"):
+    with pytest.raises(StageError, match="no longer the same model"):
         formats.package(run, Tracker(run))
