@@ -20,7 +20,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from tunewright import chat, deploy, errors, memory, models, tracking
+from tunewright import chat, deploy, errors, gguf_header, memory, models, tracking
 from tunewright import recipe as recipes
 from tunewright import run as run_folders
 from tunewright.backends import base as backends
@@ -224,6 +224,7 @@ def check(
         ref = models.find(recipe.model, recipe.revision) if hosted is None else hosted.base(recipe)
         tokenizer = models.load_tokenizer(ref)
         equipment = chat.equip(tokenizer)
+        problems += [Problem(*said) for said in gguf_header.problems(recipe, ref, tokenizer, equipment)]
         if unread := _tables_elsewhere(recipe):
             data = prepare.unread(recipe, ref)
             names = ", ".join(unread)

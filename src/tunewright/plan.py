@@ -20,6 +20,8 @@ from tunewright.recipe import Recipe
 SHARE_OF_PEAK = (0.15, 0.6)
 """Training reaches between these shares of the machine's matrix-product speed."""
 UNKNOWN = Bill(("run folder",), None, None, "the backend does not say")
+BYTES_OF_GGUF = {"gguf-f16": 2, "gguf-q8_0": 34 / 32}
+"""Bytes of a weight in the package's one-file forms."""
 START_S = 30
 """Starting the stages' processes and loading libraries, all together."""
 
@@ -57,7 +59,8 @@ def estimate(recipe: Recipe, resolved: dict[str, Any], backend: Backend) -> dict
         makes.append(f"MLflow run at {resolved['tracking']['uri']}")
         if "mlflow" in recipe.package.formats and not isinstance(backend, Hosts):
             makes.append(f"registered model {recipe.registered_name}")
-    disk = 2 * weights + checkpoints + (2 * weights if recipe.tracking.enabled else 0)
+    exported = sum(BYTES_OF_GGUF.get(name, 0) * parameters for name in recipe.package.formats)
+    disk = round(exported) + 2 * weights + checkpoints + (2 * weights if recipe.tracking.enabled else 0)
     plan = {
         "format": 1,
         "backend": recipe.backend.kind,

@@ -689,8 +689,9 @@ class Evaluate(Section):
 
 
 class Package(Section):
-    formats: tuple[Literal["safetensors", "mlflow"], ...] = ("safetensors", "mlflow")
-    """safetensors is always written; mlflow logs the model so that `mlflow models predict` answers."""
+    formats: tuple[Literal["safetensors", "mlflow", "gguf-f16", "gguf-q8_0"], ...] = ("safetensors", "mlflow")
+    """safetensors is always written; mlflow logs the model so that `mlflow models predict` answers; gguf-f16 and
+    gguf-q8_0 write it as one file for llama.cpp and Ollama, with 16 or about 8 bits a weight."""
     register_as: str | None = Field(default=None, alias="register")
     """Name in MLflow's model registry. Default: the recipe's name."""
 

@@ -131,6 +131,10 @@ class Run:
         return self.path / "package" / "card.md"
 
     @property
+    def gguf(self) -> Path:
+        return self.package / "gguf"
+
+    @property
     def packaged_model(self) -> Path:
         return self.path / "package" / "model"
 

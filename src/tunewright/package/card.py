@@ -2,14 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from tunewright.recipe import Recipe
 from tunewright.run import Run
 
 
-def card(run: Run, recipe: Recipe) -> str:
-    """Markdown."""
+def card(
+    run: Run,
+    recipe: Recipe,
+    exports: Mapping[str, Mapping[str, Any]] | None = None,
+    hops: Mapping[str, Mapping[str, Any]] | None = None,
+) -> str:
+    """Markdown.
+
+    Args:
+        exports: the one-file forms of the package, as its manifest has them.
+        hops: the receipts of fidelity, likewise.
+    """
     report = run.manifest("evaluate")
     trained = run.manifest("train")
     checks = run.manifest("prepare")
@@ -36,6 +47,7 @@ def card(run: Run, recipe: Recipe) -> str:
         "## Training",
         "",
         *(_hosted(trained) if trained["method"] == "hosted" else _trained_here(trained)),
+        *(_exported(exports, hops or {}) if exports else []),
         *([f"It was trained with this system message: {recipe.data.system!r}."] if recipe.data.system else []),
         *(
             [
@@ -71,6 +83,28 @@ def _trained_here(trained: dict[str, Any]) -> list[str]:
         "```",
         "",
         "Prompts go through the tokenizer's chat template; `rendering.json` holds token ids as they were in training.",
+    ]
+
+
+def _exported(exports: Mapping[str, Mapping[str, Any]], hops: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    lines = ["", "As one file, for llama.cpp and programs built on it:", ""]
+    for name, facts in exports.items():
+        hop = hops[f"packaged -> {name}"]
+        kept = len(facts["kept_in_f16"])
+        lines.append(
+            f"- `{facts['file']}`: beside `model`, {hop['same_best_token']:.1%} of tokens have the same best one, the "
+            f"largest KL divergence is {hop['largest_kl']:.2g} nats"
+            + (f"; {kept} matrices are in f16, their rows being no multiple of 32 wide" if kept else "")
+        )
+    file = list(exports.values())[-1]["file"]
+    return [
+        *lines,
+        "",
+        "```sh",
+        f"llama-cli -m {file} --jinja                                # or llama-server, with the file's chat template",
+        f"echo 'FROM ./{file}' > Modelfile && ollama create my-model  # Ollama wants a TEMPLATE of its own for chat",
+        "```",
+        "",
     ]
 
 

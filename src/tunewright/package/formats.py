@@ -1,4 +1,4 @@
-"""The stage: merged model, adapter, tokenizer, golden ids, card, MLflow; package/manifest.json is written last."""
+"""The stage: merged model, adapter, tokenizer, golden ids, GGUF, card, MLflow; package/manifest.json is last."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from tunewright import chat, models
+from tunewright import chat, gguf_header, models
 from tunewright.chat import Equipment, Example, Message
 from tunewright.data import prepare
-from tunewright.errors import DataError
+from tunewright.errors import DataError, StageError
 from tunewright.generate import savable
 from tunewright.models import ModelRef
-from tunewright.package import fidelity
+from tunewright.package import fidelity, gguf_export
 from tunewright.package.card import card
 from tunewright.recipe import Recipe
 from tunewright.run import Run, write_json, write_text
@@ -40,7 +40,7 @@ def package(run: Run, tracker: Tracker) -> None:
     """Write the package and log it.
 
     Raises:
-        StageError: the merged model is not the trained one.
+        StageError: the merged model is not the trained one, or an export not the merged one.
     """
     recipe = run.recipe()
     ref = ModelRef.from_dict(run.resolved()["model"])
@@ -48,11 +48,12 @@ def package(run: Run, tracker: Tracker) -> None:
     equipment = chat.equip(tokenizer)
     test = prepare.examples(run, "test")
     prompts = _prompts(tokenizer, test)
-    run.set_progress("package", 1, 5, "merging")
+    run.set_progress("package", 1, 6, "merging")
     trained = _trained(run, recipe, ref, tokenizer)
     _write_model(run, recipe, ref, tokenizer, equipment)
-    run.set_progress("package", 2, 5, "comparing with the trained model")
-    hops = {"trained -> packaged": fidelity.receipt(trained, models.load_folder(run.packaged_model), prompts)}
+    run.set_progress("package", 2, 6, "comparing with the trained model")
+    packaged = models.load_folder(run.packaged_model)
+    hops = {"trained -> packaged": fidelity.receipt(trained, packaged, prompts)}
     del trained
     labels = run.manifest("prepare")["labels"]
     rendering = chat.golden(tokenizer, equipment, _conversations(tokenizer, test))
@@ -67,12 +68,23 @@ def package(run: Run, tracker: Tracker) -> None:
             "max_new_tokens": recipe.max_new_tokens,
         },
     )
-    text = card(run, recipe)
+    shutil.rmtree(run.gguf, ignore_errors=True)
+    exports = {}
+    for name, kind in gguf_header.formats(recipe).items():
+        run.set_progress("package", 3, 6, f"writing {name}, and reading it back")
+        path = run.gguf / f"{recipe.name}-{kind}.gguf"
+        exports[name] = {
+            "file": str(path.relative_to(run.package)),
+            "kept_in_f16": gguf_export.write(run.packaged_model, path, kind, equipment, name=recipe.name),
+        }
+        hops[f"packaged -> {name}"] = _read_back(path, packaged, rendering, prompts, name, kind)
+    del packaged
+    text = card(run, recipe, exports, hops)
     write_text(run.card_file, text)
     write_text(run.packaged_model / "README.md", text)
-    run.set_progress("package", 3, 5, "logging to MLflow")
+    run.set_progress("package", 4, 6, "logging to MLflow")
     logged = _log(run, recipe, tracker, labels) if "mlflow" in recipe.package.formats and tracker.on else None
-    run.set_progress("package", 4, 5, "hashing")
+    run.set_progress("package", 5, 6, "hashing")
     manifest = {
         "format": 1,
         "name": recipe.name,
@@ -80,6 +92,7 @@ def package(run: Run, tracker: Tracker) -> None:
         "base": ref.to_dict(),
         "task": recipe.task,
         "fidelity": hops,
+        "gguf": exports,
         "mlflow": logged,
         "files": {
             str(path.relative_to(run.package)): {"sha256": _sha256(path), "bytes": path.stat().st_size}
@@ -126,6 +139,19 @@ def _write_model(run: Run, recipe: Recipe, ref: ModelRef, tokenizer: Any, equipm
         tokenizer.save_pretrained(str(fresh))
     shutil.rmtree(run.packaged_model, ignore_errors=True)
     os.replace(fresh, run.packaged_model)
+
+
+def _read_back(
+    path: Path, packaged: Any, rendering: dict[str, Any], prompts: Sequence[list[int]], name: str, kind: str
+) -> dict[str, Any]:
+    """The receipt of an exported file, which Transformers reads: first its tokenizer, then its weights."""
+    if lost := chat.differences(gguf_header.read_tokenizer(path), rendering):
+        raise StageError(
+            f"packaged -> {name}: {path.name} does not render as in training: {lost[0]}; nothing was deployed"
+        )
+    return fidelity.receipt(
+        packaged, gguf_export.read_model(path), prompts, hop=f"packaged -> {name}", allowed=gguf_export.ALLOWED[kind]
+    )
 
 
 def _prompts(tokenizer: Any, test: Sequence[Example]) -> list[list[int]]:
