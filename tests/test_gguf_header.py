@@ -113,8 +113,8 @@ def test_what_can_be_written_passes(config: Any, tmp_path: Path) -> None:
         (LlamaConfig(**SIZES, hidden_act="gelu"), "hidden_act: gelu"),
         (MistralConfig(**SIZES, sliding_window=64), "sliding_window: 64"),
         (
-            LlamaConfig(**SIZES, rope_parameters={"rope_type": "linear", "factor": 2.0, "rope_theta": 10000.0}),
-            r"rope scaling \(linear\)",
+            Qwen2Config(**SIZES, rope_parameters={"rope_type": "yarn", "factor": 2.0, "rope_theta": 10000.0}),
+            r"rope scaling \(yarn\), which is not written as GGUF for qwen2",
         ),
     ],
     ids=["architecture", "bias", "activation", "window", "rope"],

@@ -5,8 +5,9 @@ text that its readers have built in, so not every model can be written. `problem
 the header alone, has Transformers read the tokenizer back, and compares ids.
 
 What is covered: Llama, Mistral, Qwen2, Qwen3 and GPT-2, with byte-level BPE split as GPT-2, Llama 3 or Qwen2 do.
-What is not covered: SentencePiece vocabularies, rope scaling, sliding windows, mixtures of experts. A tokenizer that
-puts text into NFC first (Qwen's) is written without that step, which no reader of the format takes.
+Rotary positions may be scaled as Llama 3.1 does, or linearly, for Llama and Mistral.
+What is not covered: SentencePiece vocabularies, other rope scaling, sliding windows, mixtures of experts. A tokenizer
+that puts text into NFC first (Qwen's) is written without that step, which no reader of the format takes.
 """
 
 from __future__ import annotations
@@ -17,6 +18,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
 
 from tunewright import models
 from tunewright.chat import Equipment
@@ -48,6 +51,9 @@ EXPECTED: dict[str, dict[str, Any]] = {
     },
 }
 """What the readers take for granted of an architecture, since the file has no key for it."""
+
+SCALED = ("default", "linear", "llama3")
+"""Kinds of rope scaling that come down to a factor for each frequency."""
 
 BLOCK = 32
 """Weights of a row that share a scale in Q8_0."""
@@ -146,9 +152,23 @@ def architecture(config: Any, name: str) -> str:
     if window is not None and window < config.max_position_embeddings:
         raise ModelError(f"its config has sliding_window: {window}, which GGUF's readers do not do for {found}")
     rope = getattr(config, "rope_parameters", None) or {}
-    if rope.get("rope_type", "default") != "default" or rope.get("partial_rotary_factor", 1.0) != 1.0:
-        raise ModelError(f"its config has rope scaling ({rope.get('rope_type')}), which is not written as GGUF yet")
+    kind = rope.get("rope_type", "default")
+    if kind not in (SCALED if found == "llama" else ("default",)) or rope.get("partial_rotary_factor", 1.0) != 1.0:
+        raise ModelError(f"its config has rope scaling ({kind}), which is not written as GGUF for {found}")
     return found
+
+
+def rope_factors(config: Any) -> Any | None:
+    """What each rotary frequency is divided by (float32), None where positions are not scaled."""
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    rope = getattr(config, "rope_parameters", None) or {"rope_type": "default"}
+    if rope["rope_type"] == "default":
+        return None
+    scaled, _ = ROPE_INIT_FUNCTIONS[rope["rope_type"]](config, "cpu")
+    scaled = scaled.double().numpy()
+    plain = float(rope["rope_theta"]) ** -(np.arange(len(scaled)) / len(scaled))
+    return (plain / scaled).astype(np.float32)
 
 
 def add(
@@ -163,7 +183,8 @@ def add(
         ModelError: the tokenizer cannot be written.
     """
     words = vocabulary(tokenizer, rows)
-    writer.add_name(name)
+    # Transformers takes this one name for an architecture.
+    writer.add_name("mistral-tuned" if name == "mistral" else name)
     writer.add_context_length(config.max_position_embeddings)
     writer.add_embedding_length(config.hidden_size)
     writer.add_block_count(config.num_hidden_layers)
@@ -212,7 +233,10 @@ def vocabulary(tokenizer: Any, rows: int) -> Vocabulary:
     described = json.loads(tokenizer.backend_tokenizer.to_str())
     split = _split(described)
     tokens, types = [f"[PAD{number}]" for number in range(rows)], [int(TokenType.UNUSED)] * rows
-    for token, number in tokenizer.get_vocab().items():
+    known = tokenizer.get_vocab()
+    if (last := max(known.values())) >= rows:
+        raise ModelError(f"its tokenizer has a token {last}, and its embedding ends at {rows - 1}")
+    for token, number in known.items():
         tokens[number], types[number] = token, int(TokenType.NORMAL)
     for number, token in tokenizer.added_tokens_decoder.items():
         if token.lstrip or token.rstrip or token.single_word:

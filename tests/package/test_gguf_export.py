@@ -47,6 +47,18 @@ SIZES = {
 CONFIGS: dict[str, Any] = {
     "llama": LlamaConfig(**SIZES, rope_parameters={"rope_type": "default", "rope_theta": 500000.0}),
     "llama, tied, wide heads": LlamaConfig(**SIZES, head_dim=32, tie_word_embeddings=True),
+    "llama, scaled": LlamaConfig(
+        **SIZES,
+        rope_parameters={
+            "rope_type": "llama3",
+            "rope_theta": 10000.0,
+            "factor": 8.0,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 32,
+        },
+    ),
+    "llama, linear": LlamaConfig(**SIZES, rope_parameters={"rope_type": "linear", "rope_theta": 1e4, "factor": 4.0}),
     "mistral": MistralConfig(**SIZES, sliding_window=None),
     "qwen2": Qwen2Config(**SIZES, tie_word_embeddings=True),
     "qwen3": Qwen3Config(**SIZES, head_dim=32),
@@ -113,6 +125,24 @@ def test_it_is_the_same_model(which: str, kind: Any, tokenizer: Any, equipment: 
     assert found["largest_logit_difference"] > 0
     assert read.config.max_position_embeddings == CONFIGS[which].max_position_embeddings
     assert read.config.tie_word_embeddings == CONFIGS[which].tie_word_embeddings
+
+
+def test_scaled_positions_come_from_the_file(tokenizer: Any, equipment: Equipment, tmp_path: Path) -> None:
+    folder = saved(CONFIGS["llama, scaled"], tokenizer, tmp_path / "model")
+    gguf_export.write(folder, tmp_path / "it.gguf", "f16", equipment, name="it")
+    (factors,) = (t.data for t in GGUFReader(tmp_path / "it.gguf").tensors if t.name == "rope_freqs.weight")
+    assert factors[0] == pytest.approx(1)
+    assert factors[-1] == pytest.approx(8)
+    one, other = (models.load_folder(folder), gguf_export.read_model(tmp_path / "it.gguf"))
+    torch.testing.assert_close(other.model.rotary_emb.inv_freq, one.model.rotary_emb.inv_freq, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("name", ["mistral", "t5", "llama", "qwen2moe"])
+def test_a_name_is_not_read_as_an_architecture(name: str, tokenizer: Any, equipment: Equipment, tmp_path: Path) -> None:
+    gguf_export.write(
+        saved(CONFIGS["llama"], tokenizer, tmp_path / "m"), tmp_path / "it.gguf", "f16", equipment, name=name
+    )
+    assert type(gguf_export.read_model(tmp_path / "it.gguf")).__name__ == "LlamaForCausalLM"
 
 
 def test_q8_0_is_off_by_half_a_step_at_most(tokenizer: Any, equipment: Equipment, tmp_path: Path) -> None:

@@ -47,7 +47,6 @@ def card(
         "## Training",
         "",
         *(_hosted(trained) if trained["method"] == "hosted" else _trained_here(trained)),
-        *(_exported(exports, hops or {}) if exports else []),
         *([f"It was trained with this system message: {recipe.data.system!r}."] if recipe.data.system else []),
         *(
             [
@@ -57,6 +56,7 @@ def card(
             if report.get("labels")
             else []
         ),
+        *(_exported(exports, hops or {}) if exports else []),
         "",
         "## Limits",
         "",
@@ -101,10 +101,9 @@ def _exported(exports: Mapping[str, Mapping[str, Any]], hops: Mapping[str, Mappi
         *lines,
         "",
         "```sh",
-        f"llama-cli -m {file} --jinja                                # or llama-server, with the file's chat template",
+        f"llama-cli -m {file} --jinja  # or llama-server; --jinja: the file's own chat template",
         f"echo 'FROM ./{file}' > Modelfile && ollama create my-model  # Ollama wants a TEMPLATE of its own for chat",
         "```",
-        "",
     ]
 
 

@@ -37,6 +37,9 @@ of random weights, where many tokens are nearly even: f16 2e-4 nats, q8_0 0.06 n
 Keys in the wrong order for rotary positions cost 1 to 8 nats. The share leaves room for one even token where only one
 row is held out."""
 
+ROPE_FACTORS = "rope_freqs.weight"
+"""Where GGUF has what rotary frequencies are divided by."""
+
 LARGEST_F16 = 65504.0
 
 IN_FLOAT32 = ("position_embd.weight",)
@@ -85,16 +88,21 @@ def write(folder: Path, path: Path, kind: Literal["f16", "q8_0"], equipment: Equ
     path.parent.mkdir(parents=True, exist_ok=True)
     fresh = path.with_name(f".{path.name}.new")
     tokenizer = models.load_folder_tokenizer(folder)
+    factors = gguf_header.rope_factors(config)
     rows = next(tensor.shape[0] for tensor in tensors if tensor.name == "token_embd.weight")
     with contextlib.closing(GGUFWriter(fresh, architecture)) as writer:
         gguf_header.add(writer, config, architecture, tokenizer, equipment, rows=rows, name=name)
         writer.add_file_type(LlamaFileType.MOSTLY_F16 if kind == "f16" else LlamaFileType.MOSTLY_Q8_0)
         writer.add_quantization_version(2)
+        if factors is not None:
+            writer.add_tensor_info(ROPE_FACTORS, factors.shape, factors.dtype, factors.nbytes)
         for tensor in tensors:
             writer.add_tensor_info(tensor.name, tensor.shape, _dtype(tensor), _size(tensor), raw_dtype=tensor.type)
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
+        if factors is not None:
+            writer.write_tensor_data(factors)
         for tensor in tensors:
             writer.write_tensor_data(_data(tensor))
     os.replace(fresh, path)
@@ -118,6 +126,10 @@ def read_model(path: Path) -> Any:
         model = AutoModelForCausalLM.from_pretrained(
             str(path.parent), gguf_file=path.name, dtype=torch.float32, local_files_only=True, **options
         )
+    for tensor in said.tensors:
+        if tensor.name == ROPE_FACTORS:
+            rotary = model.model.rotary_emb
+            rotary.inv_freq = rotary.inv_freq / torch.tensor(tensor.data)
     return model.eval()
 
 
