@@ -7,12 +7,13 @@ import sys
 
 import torch
 
-from bench import accuracy, constants, preparing, scaling, scoring, server, spark, train
+from bench import accuracy, checking, constants, preparing, scaling, scoring, server, spark, train
 
 BENCHMARKS = {
     "train": train.main,
     "accuracy": accuracy.main,
     "scoring": scoring.main,
+    "checking": checking.main,
     "preparing": preparing.main,
     "server": server.main,
     "spark": spark.main,

@@ -63,6 +63,28 @@ class Life:
         """Write a copy of the data with what can be mended mended, and every change in OUT.changes.jsonl."""
         return life.mend(self.recipe, Path(out))
 
+    def without(self, drop: int = 0, lists: Iterable[str | Path] = ()) -> Life:
+        """The same recipe without some training rows, ready to be run beside this one.
+
+        Args:
+            drop: leave out so many of the rows whose labels are the likeliest to be wrong (evaluate/suspects.jsonl).
+            lists: leave out the rows that these files name too (`data.without` says how).
+
+        Raises:
+            RunError: nothing is to be left out, or there are fewer suspects.
+        """
+        recipe = life.without(self.folder, drop, [Path(one) for one in lists])
+        return Life(recipe, self.runs)
+
+    def against(self, earlier: Run) -> dict[str, Any] | None:
+        """This run's tuned model against that of an earlier one, on the rows that both were tested on; None before
+        evaluation, and where they have no such rows."""
+        from tunewright.evaluate import measure
+
+        if any(run.status("evaluate") != "done" for run in (self.folder, earlier)):
+            return None
+        return measure.against(self.folder, earlier)
+
     def plan(self) -> dict[str, Any]:
         """Tokens, steps, time, memory, and what will be made."""
         resolved = life.resolve(self.recipe, self.check(inspect=False), self.runs)

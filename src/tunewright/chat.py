@@ -151,6 +151,8 @@ class Example:
     """Preference: the worse answer; the last message is the better one."""
     item: dict[str, Any] | None = None
     """Reward: the row, for the grader; then the messages are a prompt without an answer."""
+    slices: dict[str, str] | None = None
+    """Columns that the recipe has the verdict sliced by: column -> this row's value."""
 
     @property
     def prompt(self) -> tuple[Message, ...]:
@@ -167,8 +169,17 @@ class Example:
             [*([last.content] if last.content or not last.tool_calls else []), *map(tool_line, last.tool_calls)]
         )
 
+    def sha256(self) -> str:
+        """Of what the row says, wherever it stands."""
+        said = {key: value for key, value in self.to_dict().items() if key not in ("id", "source", "slices")}
+        return hashlib.sha256(
+            json.dumps(said, sort_keys=True, ensure_ascii=False).encode(errors="surrogatepass")
+        ).hexdigest()
+
     def to_dict(self) -> dict[str, Any]:
         row: dict[str, Any] = {"id": self.id, "source": self.source}
+        if self.slices is not None:
+            row["slices"] = self.slices
         if self.text is not None:
             return {**row, "text": self.text, "ends": self.ends}
         row["messages"] = [message.to_dict() | ({} if message.weight else {"weight": 0}) for message in self.messages]
@@ -192,6 +203,7 @@ class Example:
             tuple(row.get("tools", ())),
             row.get("rejected"),
             row.get("item"),
+            row.get("slices"),
         )
 
 

@@ -310,6 +310,35 @@ def test(
 
 
 @app.command()
+def retrain(
+    run: RunFolder,
+    drop: Annotated[
+        int, typer.Option(min=0, metavar="N", help="Leave out the N rows whose labels are the likeliest to be wrong.")
+    ] = 0,
+    without: Annotated[
+        list[Path] | None,
+        typer.Option(metavar="FILE", help="Leave out the rows of such a list (evaluate/nearest.jsonl, or your own)."),
+    ] = None,
+    runs: RunsOption = RUNS,
+    until: Annotated[str, typer.Option(metavar="STAGE", help="The last stage to do.")] = "evaluate",
+    yes: YesOption = False,
+) -> None:
+    """Drop training rows that look wrong and train again, in a run of its own; then say which of the two is better."""
+    from tunewright import api, screen
+    from tunewright.run import STAGES
+
+    if until not in STAGES:
+        raise errors.RecipeError(f"--until {until}: no such stage; stages are {', '.join(STAGES)}")
+    earlier = _open_run(run, runs)
+    life = api.open(earlier.folder.path, runs=runs).without(drop, without or ())
+    code = _advance(life, until, yes, verdict_counts=True, leave=False)
+    if (between := life.against(earlier.folder)) is not None:
+        screen.between(between)
+    print(life.folder.path)
+    raise typer.Exit(code)
+
+
+@app.command()
 def batch(
     model: Annotated[Path, typer.Argument(metavar="MODEL", help="A run folder, its name, or a package folder.")],
     inputs: Annotated[

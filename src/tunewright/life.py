@@ -9,6 +9,7 @@ that was killed anywhere goes on from where it stood.
 
 from __future__ import annotations
 
+import hashlib
 import os
 import platform
 import shutil
@@ -35,7 +36,7 @@ from tunewright.errors import NOT_BETTER, RecipeError, RunError, StageError
 from tunewright.models import ModelRef
 from tunewright.plan import estimate, free_disk
 from tunewright.recipe import Recipe
-from tunewright.run import STAGES, Run, write_json
+from tunewright.run import STAGES, Run, read_json_lines, write_json, write_json_lines
 from tunewright.summary import write_readme
 
 POLL_S = 0.1
@@ -125,7 +126,7 @@ def start(recipe: Recipe, runs: Path, *, resume: bool | None = None) -> Run:
 
 def located(recipe: Recipe, folder: Path) -> Recipe:
     """The recipe with file paths absolute: as seen from here, else from the recipe's own folder."""
-    data = {
+    data: dict[str, Any] = {
         split: tuple(sources.absolute(source, folder) for source in given)
         for split in prepare.SPLITS
         if (given := getattr(recipe.data, split)) is not None
@@ -135,6 +136,8 @@ def located(recipe: Recipe, folder: Path) -> Recipe:
         if (candidate / "config.json").is_file():
             model = str(candidate.absolute())
             break
+    if (without := recipe.data.without) is not None:
+        data["without"] = sources.absolute(without, folder)
     update: dict[str, Any] = {"data": recipe.data.model_copy(update=data), "model": model}
     if (adapter := recipe.train.adapter) is not None:
         beside = folder / adapter
@@ -307,6 +310,34 @@ def mend(recipe: Recipe, out: Path) -> Mended:
     ref = models.find(recipe.model, recipe.revision) if hosted is None else hosted.base(recipe)
     tokenizer = models.load_tokenizer(ref)
     return mending.mend(recipe, ref, tokenizer, chat.equip(tokenizer), out)
+
+
+def without(run: Run, drop: int, lists: Iterable[Path]) -> Recipe:
+    """The recipe of a run without some training rows; the list of them is written into the run's folder.
+
+    Raises:
+        RunError: nothing is to be left out, or there are fewer suspects than `drop`.
+        DataError: a list cannot be read.
+    """
+    recipe = run.recipe()
+    found = read_json_lines(run.suspects_file)
+    if drop > len(found):
+        raise RunError(
+            f"{run.suspects_file}: {len(found)} rows have a label that is probably wrong; drop that many or fewer"
+            if run.suspects_file.is_file()
+            else f"{run.path}: no row is known to have a wrong label (no {run.suspects_file.name}); evaluate a "
+            "classification first, or name rows with --without FILE"
+        )
+    digests = {str(one["sha256"]) for one in found[:drop]}
+    for source in (*([recipe.data.without] if recipe.data.without else []), *map(str, lists)):
+        digests |= prepare.unwanted(source)
+    if not digests:
+        raise RunError("no row is to be left out; say how many with --drop N, or which with --without FILE")
+    name = hashlib.sha256("\n".join(sorted(digests)).encode()).hexdigest()[:12]
+    path = run.stage_folder("evaluate") / f"without-{name}.jsonl"
+    write_json_lines(path, [{"sha256": digest} for digest in sorted(digests)])
+    data = recipe.data.model_copy(update={"without": str(path.absolute())})
+    return recipe.model_copy(update={"data": data})
 
 
 def leaked(checked: Checked) -> list[str]:

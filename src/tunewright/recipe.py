@@ -207,6 +207,9 @@ class Data(Section):
     is left out, or nothing starts. Each such row is named in data/findings.jsonl."""
     bad_rows: Literal["stop", "skip"] = "stop"
     """What happens at a row that cannot be read (broken JSON, a missing column): stop, or leave it out and name it."""
+    without: str | None = Field(default=None, min_length=1)
+    """A list of training rows to leave out, as evaluation writes it (lines of evaluate/suspects.jsonl or of
+    evaluate/nearest.jsonl): JSON lines with a `sha256`. `tunewright retrain` sets it."""
 
     @model_validator(mode="after")
     def _nothing_is_ignored(self) -> Data:
@@ -686,6 +689,11 @@ class Evaluate(Section):
     """Resamples behind each interval."""
     seed: int = 42
     """Of the resamples, the permutations and the few-shot examples."""
+    slices: tuple[Source, ...] = ()
+    """Columns of the test rows (a product, a language, a source): for each of their values there is a verdict too."""
+    traced_rows: int = Field(default=2000, ge=0)
+    """Training rows among which those are looked for that an error comes from; of more, those that are nearest to an
+    error in their words. 0: errors are not traced."""
 
 
 class Package(Section):

@@ -119,6 +119,16 @@ class Run:
         return self.path / "evaluate" / "report.html"
 
     @property
+    def suspects_file(self) -> Path:
+        """Training rows whose label is probably wrong, the likeliest first."""
+        return self.path / "evaluate" / "suspects.jsonl"
+
+    @property
+    def nearest_file(self) -> Path:
+        """For each error the training rows that it probably comes from."""
+        return self.path / "evaluate" / "nearest.jsonl"
+
+    @property
     def report_text(self) -> Path:
         return self.path / "evaluate" / "report.md"
 

@@ -6,6 +6,8 @@ import math
 import random
 from typing import Any
 
+from tunewright.evaluate import compare
+
 Report = dict[str, Any]
 
 SCRIPT = '<script>alert("x")</script>'
@@ -183,7 +185,7 @@ def _comparison(
     found = {"baseline": baseline, "metric": metric, "tuned": tuned, "baseline_value": value, "interval": interval}
     found["difference"] = tuned - value if difference is None else difference
     found |= {"p_value": p_value, "test": test, "verdict": verdict}
-    return {**found, "smallest_detectable": (interval[1] - interval[0]) / 2}
+    return {**found, "smallest_detectable": compare.PER_HALF_WIDTH * (interval[1] - interval[0]) / 2}
 
 
 def _wilson(share: float, rows: int) -> list[float]:

@@ -68,7 +68,7 @@ def test_the_interval_of_a_difference_is_paired() -> None:
     found = judged("rouge_l", hard + 1 + generator.normal(0, 0.1, 300), hard, 0.001)
     low, high = found["interval"]
     assert 0.9 < low < 1 < high < 1.1
-    assert found["smallest_detectable"] == pytest.approx((high - low) / 2)
+    assert found["smallest_detectable"] == pytest.approx(2.8 / 1.96 * (high - low) / 2)
 
 
 # --- tests ---

@@ -204,7 +204,7 @@ def test_no_evidence_says_how_many_rows_would_do() -> None:
     text = Page(render_html(samples.no_evidence())).text("section", class_="verdict no-evidence")
     assert "The interval includes zero: with 120 test rows" in text
     assert "does not show that the tuned model and the base are equal" in text
-    assert "differences below about 0.031 mostly go unseen" in text
+    assert "A true difference of 0.044 would be seen on so many rows four times in five" in text
     assert "about 670 would probably show" in text  # 120 * (2.8 / 1.96 * 0.0307 / 0.0186) ** 2 = 667, in two digits
     assert "recipe asks" not in text
 

@@ -92,6 +92,11 @@ CODES = {
     "near_training": Kind(
         "a test row's text is nearly a training row's", "look at both; take one out, or split by source"
     ),
+    "asked_out": Kind("a row that `data.without` names", "nothing; it is left out"),
+    "not_found": Kind(
+        "`data.without` names rows that are not there (changed, or cut differently)",
+        "see whether the list is of this data",
+    ),
     # --- the whole ---
     "limit_not_reached": Kind("`data.limit` asks for more rows than there are", "nothing; all are used"),
     "few_rows": Kind("too few rows to learn from", "50 to 100 good ones are a beginning"),

@@ -16,6 +16,7 @@ from collections import Counter, deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
 
 import numpy as np
@@ -123,7 +124,16 @@ def assemble(
         if split == "train" and recipe.task == "classification":
             result.labels = _labels(recipe, table, shape)
             limits = label_limits(result.labels, ref, tokenizer, equipment, max_length)
-        rules = Rules(recipe, split, result.labels, limits, max_length)
+        if split == "test":
+            shapes.check_slices(recipe, shape)
+        rules = Rules(
+            recipe,
+            split,
+            result.labels,
+            limits,
+            max_length,
+            unwanted(recipe.data.without if split == "train" else None),
+        )
         kept = Kept(max_length if recipe.task == "pretraining" else None)
         with _writer(run, split, max_length) as put:
             used = sift(rules, shape, table.rows, tokenizer, result.findings, kept)
@@ -175,6 +185,32 @@ class Rules:
     limits: dict[str, int]
     """For each label, how many tokens its rows may have."""
     max_length: int
+    unwanted: frozenset[str] = frozenset()
+    """Rows that the recipe leaves out, by the sha256 of what they say."""
+
+
+def unwanted(source: str | None) -> frozenset[str]:
+    """The rows that a list such as `data.without` names: the sha256 of what each says.
+
+    Raises:
+        DataError: there is no such list, or a line of it names no row.
+    """
+    if source is None:
+        return frozenset()
+    path = Path(source)
+    if not path.is_file():
+        raise DataError(f"data.without: no file {path}; name a list such as evaluate/suspects.jsonl of a run")
+    found = set()
+    for number, line in enumerate(path.read_text(encoding="utf-8", errors="replace").splitlines(), start=1):
+        try:
+            digest = json.loads(line)["sha256"] if line.strip() else None
+        except (ValueError, KeyError, TypeError):
+            digest = 0
+        if isinstance(digest, str):
+            found.add(digest)
+        elif digest is not None:
+            raise DataError(f"{path}:{number}: data.without: no sha256 of a row; take lines that evaluation wrote")
+    return frozenset(found)
 
 
 def sift(
@@ -221,6 +257,12 @@ def close_split(
         DataError: a row is broken, none is usable, or there is one class alone.
     """
     split = rules.split
+    if rules.unwanted:
+        left = sum(count for (_, code, _), count in result.findings.counts.items() if code == "asked_out")
+        if left < len(rules.unwanted):
+            said = f"data.without names {len(rules.unwanted)} rows, and {left} of these here are among them"
+            where = str(rules.recipe.data.without)
+            result.findings.add((split, "fit"), Finding("not_found", "warning", where, said, split))
     account = {"source": [sources.displayed(name) for name in table.names], "read": len(table.rows)}
     result.splits[split] = account | kept.account()
     broken = _broken_row(rules.recipe, split, result.findings)
@@ -316,6 +358,8 @@ def source_fingerprint(recipe: Recipe) -> str:
         given = getattr(recipe.data, split)
         if given is not None:
             digest.update(sources.fingerprint(given, f"data.{split}").encode())
+    if recipe.data.without is not None and Path(recipe.data.without).is_file():
+        digest.update(Path(recipe.data.without).read_bytes())
     return digest.hexdigest()
 
 
@@ -502,6 +546,9 @@ class _Judge:
             return None
         assert isinstance(made, Clipped)
         assert made.example is not None
+        if self.rules.unwanted and made.example.sha256() in self.rules.unwanted:
+            self.leave_out("fit", "asked_out", "info", example.source, "left out, as data.without asks")
+            return None
         if example.text is None and made.length > limit:
             self.kept.truncated += 1
             self.kept.tokens_cut += made.cut

@@ -6,7 +6,7 @@ import difflib
 import itertools
 import json
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from tunewright import chat, expressions
@@ -20,6 +20,8 @@ CHAT_SHAPES = (("messages",), ("prompt", "completion"), ("instruction", "respons
 """Columns that are recognised for task: chat when the recipe names none."""
 PAIR_SHAPES = (("input", "preferred_output", "non_preferred_output"), ("prompt", "chosen", "rejected"))
 """As CHAT_SHAPES, for task: preference. Two whole conversations in `chosen` and `rejected` hold the prompt."""
+NO_VALUE = "(none)"
+"""What a row without a value has in a column that the verdict is sliced by."""
 LOOKED_AT = 1000
 """Rows among which the columns must turn up."""
 
@@ -61,6 +63,20 @@ def recognise(recipe: Recipe, rows: Iterable[Row], classes: Sequence[str] | None
     return None
 
 
+def check_slices(recipe: Recipe, shape: Shape | None) -> None:
+    """Refuse a column to slice the verdict by that the test rows do not have.
+
+    Raises:
+        DataError: naming it, and those that there are.
+    """
+    for column in recipe.evaluate.slices if shape is not None and shape.first is not None else ():
+        assert shape is not None
+        assert shape.first is not None
+        if column not in shape.first.fields:
+            hint = nearest(column, list(shape.first.fields))
+            raise DataError(f"{shape.first.where}: evaluate.slices: no column {column!r} in the test rows; {hint}")
+
+
 def nearest(word: str, known: Sequence[str]) -> str:
     """A hint for a word that is not among those known."""
     near = difflib.get_close_matches(word, known, n=1)
@@ -92,7 +108,22 @@ def _shape(recipe: Recipe, first: Row, classes: Sequence[str] | None) -> Shape:
     for part, column in columns.items():
         if column not in first.fields and (part != "input" or data.input is not None):
             _missing(first, part, column)
-    return Shape(columns, reader, first)
+    return Shape(columns, _sliced(reader, recipe.evaluate.slices) if recipe.evaluate.slices else reader, first)
+
+
+def _sliced(reader: Callable[[Row], Example], columns: Sequence[str]) -> Callable[[Row], Example]:
+    """The same examples with what their rows say in some columns."""
+
+    def read(row: Row) -> Example:
+        return replace(reader(row), slices={column: _said(row.fields.get(column)) for column in columns})
+
+    return read
+
+
+def _said(value: Any) -> str:
+    if value is None or value == "":
+        return NO_VALUE
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
 
 
 def _chat_columns(recipe: Recipe, first: Row) -> dict[str, str]:

@@ -32,8 +32,8 @@ def tfidf(train: Sequence[Example], test: Sequence[Example], labels: Sequence[st
     )
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)
-        model.fit([_words(example) for example in train], [example.label for example in train])
-    texts = [_words(example) for example in test]
+        model.fit([words(example) for example in train], [example.label for example in train])
+    texts = [words(example) for example in test]
     places = [list(labels).index(label) for label in model.classes_]
     probabilities = np.zeros((len(test), len(labels)))
     probabilities[:, places] = model.predict_proba(texts)
@@ -67,5 +67,5 @@ def few_shot(
     return shots
 
 
-def _words(example: Example) -> str:
+def words(example: Example) -> str:
     return "\n".join(message.content for message in example.prompt)

@@ -14,12 +14,12 @@ import numpy as np
 from tunewright import chat, graders, models
 from tunewright.chat import Example, Rendering
 from tunewright.data import prepare
-from tunewright.evaluate import baselines, compare, metrics, report
+from tunewright.evaluate import baselines, compare, influence, metrics, report, slices, tracing
 from tunewright.generate import LocalCompleter
 from tunewright.graders import Answer
 from tunewright.models import ModelRef
 from tunewright.recipe import Recipe
-from tunewright.run import Run, now, write_json, write_text
+from tunewright.run import Run, now, read_json, write_json, write_text
 from tunewright.tracking import Tracker
 
 INTERVALS = {
@@ -55,12 +55,20 @@ def evaluate(run: Run, tracker: Tracker, ask: Ask | None = None) -> None:
         return
     test = prepare.examples(run, "test")
     labels: list[str] | None = checks["labels"]
-    answers = _answers(run, recipe, test, labels, ask or Asked(run))
+    asked = Asked(run)
+    answers = _answers(run, recipe, test, labels, ask or asked)
     if labels is not None and any(OTHER in said["prediction"] for said in answers.values()):
         labels = [*labels, OTHER]
     measured = _measure(recipe, test, answers, labels)
+    measured |= _closer(run, recipe, test, answers, labels)
     _write_predictions(run, recipe, test, answers, labels)
     body = _report(run, recipe, checks, test, answers, labels, measured)
+    if recipe.task in ("classification", "chat"):
+        run.set_progress("evaluate", 1, 1, "tracing errors")
+        train = prepare.examples(run, "train")
+        body["rows_that_matter"] = tracing.trace(
+            run, recipe, train, test, answers["tuned"], checks["labels"], asked.sketch if ask is None else None
+        )
     write_text(run.report_page, report.render_html(body))
     write_text(run.report_text, report.render_markdown(body))
     flat = {
@@ -77,6 +85,45 @@ def evaluate(run: Run, tracker: Tracker, ask: Ask | None = None) -> None:
     tracker.artifact(run.report_page, "report")
     write_json(run.manifest_file("evaluate"), body)
     tracker.artifact(run.manifest_file("evaluate"), "report")
+
+
+def against(run: Run, earlier: Run) -> dict[str, Any] | None:
+    """The tuned model of a run against that of an earlier one, on the rows that both were tested on; None where they
+    have none in common, or the metric is not one of single rows."""
+    import pandas as pd
+
+    recipe = run.recipe()
+    if recipe.metric not in ("accuracy", *MEANS) or earlier.recipe().metric != recipe.metric:
+        return None
+    frames = [pd.read_parquet(one.predictions_file) for one in (run, earlier)]
+    both = frames[0][frames[0].model == "tuned"].merge(frames[1][frames[1].model == "tuned"], on=["id", "label"])
+    if both.empty:
+        return None
+    one, other = (
+        (
+            both[f"prediction_{side}"] == both["label"]
+            if recipe.metric == "accuracy"
+            else both[f"{recipe.metric}_{side}"]
+        )
+        .to_numpy()
+        .astype(float)
+        for side in ("x", "y")
+    )
+    binary = recipe.metric == "accuracy"
+    p_value = (
+        compare.mcnemar(one == 1, other == 1) if binary else compare.permutation(one - other, seed=recipe.evaluate.seed)
+    )
+    return {"rows": len(both)} | compare.compare(
+        metric=recipe.metric,
+        baseline=f"run {earlier.id}",
+        tuned=lambda chosen: float(one[chosen].mean()),
+        other=lambda chosen: float(other[chosen].mean()),
+        rows=len(both),
+        p_value=p_value,
+        test="McNemar exact" if binary else "paired permutation",
+        resamples=recipe.evaluate.bootstrap,
+        seed=recipe.evaluate.seed,
+    )
 
 
 def tuned_model(run: Run, recipe: Recipe, ref: ModelRef, tokenizer: Any) -> Any:
@@ -109,6 +156,21 @@ class Asked:
             self.completer, self.name = self._load(name), name
         assert self.completer is not None
         return _ask(self.recipe, self.completer, rows, self.labels, self.max_length, progress)
+
+    def sketch(self, examples: Sequence[Example]) -> Any:
+        """The gradients of some rows, in short, before training: where each would move the base."""
+        if self.name != "base":
+            self.completer = None
+            self.completer, self.name = self._load("base"), "base"
+        assert self.completer is not None
+        renderings = [_last_turn(self.tokenizer, example) for example in examples]
+        return influence.sketches(
+            self.completer.model,
+            [Rendering(one.ids[: self.max_length], one.mask[: self.max_length]) for one in renderings],
+            self.equipment.pad_id,
+            seed=self.recipe.evaluate.seed,
+            progress=lambda done, total: self.run.set_progress("evaluate", done, total, "tracing errors"),
+        )
 
     def _load(self, name: str) -> LocalCompleter:
         if name == "tuned":
@@ -324,6 +386,60 @@ def _measure(recipe: Recipe, test: Sequence[Example], answers: Answers, labels: 
     return measured
 
 
+def _closer(
+    run: Run, recipe: Recipe, test: Sequence[Example], answers: Answers, labels: list[str] | None
+) -> dict[str, Any]:
+    """The comparison that counts on slices of the rows, and without rows that training has seen."""
+    wanted = recipe.evaluate.must_beat or "base"
+    tuned, other = answers["tuned"], answers[wanted]
+    metric, options = recipe.metric, {"resamples": recipe.evaluate.bootstrap, "seed": recipe.evaluate.seed}
+    scores = [_per_row(metric, said, test) for said in (tuned, other)]
+    tokenizer = models.load_tokenizer(ModelRef.from_dict(run.resolved()["model"]))
+    chat.equip(tokenizer)
+    lengths = [
+        len(chat.encode(tokenizer, example.text or "\n".join(message.content for message in example.prompt)))
+        for example in test
+    ]
+    binary = all(set(np.unique(one)) <= {0.0, 1.0} for one in scores)
+    parts = slices.slices(test, lengths)
+    found: dict[str, Any] = {
+        "slices": slices.judge(parts, *scores, binary=binary, **options),
+        "slices_of": "accuracy" if metric == "f1_macro" else metric,
+    }
+    leaked = set(read_json(run.inspection_file)["leaked"]) if run.inspection_file.is_file() else set()
+    kept = [row for row, example in enumerate(test) if example.source not in leaked]
+    if not 0 < len(kept) < len(test):
+        return found
+    rest = [test[row] for row in kept]
+    ours, theirs = (_of_rows(said, kept) for said in (tuned, other))
+    p_value, test_name = _test(metric, ours, theirs, rest, labels, recipe.evaluate.seed)
+    found["without_leaked"] = {"leaked": len(test) - len(kept), "rows": len(kept)} | compare.compare(
+        metric=metric,
+        baseline=wanted,
+        tuned=_statistic(metric, ours, rest, labels),
+        other=_statistic(metric, theirs, rest, labels),
+        rows=len(kept),
+        p_value=p_value,
+        test=test_name,
+        **options,
+    )
+    return found
+
+
+def _of_rows(said: dict[str, Any], rows: Sequence[int]) -> dict[str, Any]:
+    """A model's answers to some of the rows."""
+    return {key: [values[row] for row in rows] for key, values in said.items()}
+
+
+def _per_row(metric: str, said: dict[str, Any], test: Sequence[Example]) -> Any:
+    """Each row's score, the higher the better; a metric that no single row has is judged by being right."""
+    if metric in ("accuracy", "f1_macro"):
+        return _right(said, test).astype(float)
+    if metric == "loss":
+        return -np.array([loss / max(1, count) for loss, count in said["losses"]])
+    return np.asarray(said[metric], dtype=float)
+
+
 def _statistic(
     metric: str, said: dict[str, Any], test: Sequence[Example], labels: list[str] | None
 ) -> compare.Statistic:
@@ -461,6 +577,9 @@ def _report(
         "intervals": measured["intervals"],
         "comparison": comparison,
         "comparisons": measured["comparisons"],
+        "slices": measured["slices"],
+        "slices_of": measured["slices_of"],
+        "without_leaked": measured.get("without_leaked"),
         "must_beat": recipe.evaluate.must_beat,
         "examples": _examples(recipe, test, answers, labels) if recipe.task != "pretraining" else [],
         "training": {

@@ -201,11 +201,11 @@ def _means_no_evidence(report: Report, comparison: Report, the: str) -> tuple[st
     meaning = f"{reason} {rows:,} test rows, a difference like this one can be chance."
     meaning += f" It does not show that the tuned model and {the} are equal."
     if detectable:
-        meaning += f" On so many rows, differences below about {_number(detectable, 3)} mostly go unseen."
+        meaning += f" A true difference of {_number(detectable, 3)} would be seen on so many rows four times in five;"
+        meaning += " a smaller one less often."
     more = "Test on more rows."
     if detectable and 0 < difference < detectable:
-        # Seeing a difference four times in five takes 2.8 standard errors (Cohen, 1988); the half-width is 1.96.
-        needed = float(f"{rows * (2.8 / 1.96 * detectable / difference) ** 2:.2g}")
+        needed = float(f"{rows * (detectable / difference) ** 2:.2g}")
         more = f"Test on more rows: about {needed:,.0f} would probably show a difference like this one."
     return meaning, [more, "Or train on more rows, or for longer, so that there is more to see."]
 

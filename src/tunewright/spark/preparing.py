@@ -95,7 +95,10 @@ class _Preparation:
                 if result.labels is None:
                     result.labels = self._labels(rows, shape, split)
                 limits = preparing.label_limits(result.labels, self.ref, self.tokenizer, self.equipment, max_length)
-            rules = Rules(recipe, name, result.labels, limits, max_length)
+            if name == "test":
+                shapes.check_slices(recipe, shape)
+            unwanted = preparing.unwanted(recipe.data.without if name == "train" else None)
+            rules = Rules(recipe, name, result.labels, limits, max_length, unwanted)
             kept = Kept(max_length if recipe.task == "pretraining" else None)
             done = self._sift(rules, rows, shape, split, kept, result.findings)
             parts[name] = len(done)
