@@ -76,15 +76,6 @@ class Life:
         recipe = life.without(self.folder, drop, [Path(one) for one in lists])
         return Life(recipe, self.runs)
 
-    def against(self, earlier: Run) -> dict[str, Any] | None:
-        """This run's tuned model against that of an earlier one, on the rows that both were tested on; None before
-        evaluation, and where they have no such rows."""
-        from tunewright.evaluate import measure
-
-        if any(run.status("evaluate") != "done" for run in (self.folder, earlier)):
-            return None
-        return measure.against(self.folder, earlier)
-
     def plan(self) -> dict[str, Any]:
         """Tokens, steps, time, memory, and what will be made."""
         resolved = life.resolve(self.recipe, self.check(inspect=False), self.runs)

@@ -323,19 +323,13 @@ def retrain(
     until: Annotated[str, typer.Option(metavar="STAGE", help="The last stage to do.")] = "evaluate",
     yes: YesOption = False,
 ) -> None:
-    """Drop training rows that look wrong and train again, in a run of its own; then say which of the two is better."""
-    from tunewright import api, screen
+    """Drop training rows that look wrong and train again, in a run of its own; the report compares the two."""
     from tunewright.run import STAGES
 
     if until not in STAGES:
         raise errors.RecipeError(f"--until {until}: no such stage; stages are {', '.join(STAGES)}")
-    earlier = _open_run(run, runs)
-    life = api.open(earlier.folder.path, runs=runs).without(drop, without or ())
-    code = _advance(life, until, yes, verdict_counts=True, leave=False)
-    if (between := life.against(earlier.folder)) is not None:
-        screen.between(between)
-    print(life.folder.path)
-    raise typer.Exit(code)
+    life = _open_run(run, runs).without(drop, without or ())
+    _advance(life, until, yes, verdict_counts=True)
 
 
 @app.command()

@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
+from tunewright import pages
 from tunewright.backends.base import Answers, Backend, Hosts, Serves
 from tunewright.errors import EndpointError, RecipeError, StageError, TunewrightError
 from tunewright.recipe import Recipe
@@ -75,6 +76,7 @@ def test(run: Run, backend: Backend, *, progress: Callable[[int, int], None] | N
         share = f"{len(result['differ'])} of {result['compared']} rows"
         raise StageError(f"the endpoint answers otherwise than offline on {share}: {shown}")
     write_json(run.manifest_file("test"), result)
+    pages.write(run)
     return result
 
 

@@ -36,7 +36,7 @@ from tunewright.errors import NOT_BETTER, RecipeError, RunError, StageError
 from tunewright.models import ModelRef
 from tunewright.plan import estimate, free_disk
 from tunewright.recipe import Recipe
-from tunewright.run import STAGES, Run, read_json_lines, write_json, write_json_lines
+from tunewright.run import PREDICTIONS, STAGES, Run, read_json_lines, write_json, write_json_lines
 from tunewright.summary import write_readme
 
 POLL_S = 0.1
@@ -136,9 +136,11 @@ def located(recipe: Recipe, folder: Path) -> Recipe:
         if (candidate / "config.json").is_file():
             model = str(candidate.absolute())
             break
+    judged = {"against": sources.absolute(earlier, folder)} if (earlier := recipe.evaluate.against) else {}
     if (without := recipe.data.without) is not None:
         data["without"] = sources.absolute(without, folder)
     update: dict[str, Any] = {"data": recipe.data.model_copy(update=data), "model": model}
+    update["evaluate"] = recipe.evaluate.model_copy(update=judged)
     if (adapter := recipe.train.adapter) is not None:
         beside = folder / adapter
         whole = Path(adapter).expanduser() if Path(adapter).expanduser().exists() else beside
@@ -214,6 +216,8 @@ def check(
         if backends.hosts(recipe.backend.kind):
             return Checked(problems)  # without the API nobody knows the base
     ref, data, equipment, inspection = None, None, None, None
+    if recipe.evaluate.against is not None and not (Path(recipe.evaluate.against) / PREDICTIONS).is_file():
+        problems.append(Problem(f"evaluate.against: {recipe.evaluate.against} is no evaluated run (no {PREDICTIONS})"))
     if recipe.train.adapter is not None:
         try:
             models.find_adapter(recipe.train.adapter)
@@ -313,7 +317,8 @@ def mend(recipe: Recipe, out: Path) -> Mended:
 
 
 def without(run: Run, drop: int, lists: Iterable[Path]) -> Recipe:
-    """The recipe of a run without some training rows; the list of them is written into the run's folder.
+    """The recipe of a run without some training rows, to be compared with that run. The list of the rows is written
+    into the run's folder.
 
     Raises:
         RunError: nothing is to be left out, or there are fewer suspects than `drop`.
@@ -337,7 +342,8 @@ def without(run: Run, drop: int, lists: Iterable[Path]) -> Recipe:
     path = run.stage_folder("evaluate") / f"without-{name}.jsonl"
     write_json_lines(path, [{"sha256": digest} for digest in sorted(digests)])
     data = recipe.data.model_copy(update={"without": str(path.absolute())})
-    return recipe.model_copy(update={"data": data})
+    judged = recipe.evaluate.model_copy(update={"against": str(run.path.absolute()) if recipe.data.holds_out else None})
+    return recipe.model_copy(update={"data": data, "evaluate": judged})
 
 
 def leaked(checked: Checked) -> list[str]:

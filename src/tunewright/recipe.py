@@ -691,6 +691,8 @@ class Evaluate(Section):
     """Of the resamples, the permutations and the few-shot examples."""
     slices: tuple[Source, ...] = ()
     """Columns of the test rows (a product, a language, a source): for each of their values there is a verdict too."""
+    against: str | None = Field(default=None, min_length=1)
+    """The folder of an earlier run with the same test rows: its tuned model's answers are one more baseline."""
     traced_rows: int = Field(default=2000, ge=0)
     """Training rows among which those are looked for that an error comes from; of more, those that are nearest to an
     error in their words. 0: errors are not traced."""

@@ -34,6 +34,7 @@ UNSUPPORTED = (errno.EOPNOTSUPP, errno.ENOSYS, errno.ENOLCK)
 """What the system says of what a mount cannot do."""
 
 STAGES = ("check", "plan", "prepare", "train", "evaluate", "package", "deploy", "test")
+PREDICTIONS = "evaluate/predictions.parquet"
 Status = Literal["todo", "doing", "done", "failed", "cancelled"]
 
 MANIFESTS = {
@@ -112,7 +113,7 @@ class Run:
 
     @property
     def predictions_file(self) -> Path:
-        return self.path / "evaluate" / "predictions.parquet"
+        return self.path / PREDICTIONS
 
     @property
     def report_page(self) -> Path:

@@ -124,12 +124,6 @@ def outcome(result: Outcome) -> None:
         err.print(f"endpoint: {endpoint['base_url']}  model {endpoint['model']}{_key(run)}", markup=False)
 
 
-def between(comparison: dict[str, Any]) -> None:
-    """A run against an earlier one."""
-    said = summary.sentence(comparison, comparison["rows"])
-    err.print(Text(said, style=f"bold {COLOURS[comparison['verdict']]}"))
-
-
 def next_steps(run: Run) -> None:
     """Three commands to try after the demo."""
     endpoint = run.manifest("deploy")

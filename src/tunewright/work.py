@@ -184,11 +184,14 @@ def evaluate(run: Run) -> None:
 
 
 def package(run: Run) -> None:
-    from tunewright import tracking
+    from tunewright import pages, tracking
     from tunewright.package import formats
 
     with tracking.attach(run) as tracker:
         formats.package(run, tracker)
+        pages.write(run)
+        if run.report_page.is_file():
+            tracker.artifact(run.report_page, "report")
 
 
 def serve(run: Run, host: str, port: int) -> None:
@@ -252,11 +255,12 @@ def _evaluate_hosted(run: Run) -> None:
 
 
 def _package_hosted(run: Run) -> None:
-    from tunewright import tracking
+    from tunewright import pages, tracking
     from tunewright.hosted import packaging, places
 
     with tracking.attach(run) as tracker:
         packaging.package(run, places.of(run), tracker)
+        pages.write(run)
 
 
 ON: dict[str, dict[str, Callable[[Run], None]]] = {

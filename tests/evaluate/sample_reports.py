@@ -40,6 +40,7 @@ def binary() -> Report:
         "repeat": ["tunewright run recipes/imdb-gpt2.yaml", "tunewright evaluate runs/imdb-sentiment-20261124-3f2a"],
         "versions": {"tunewright": "0.1.0", "torch": "2.9.1", "transformers": "4.57.1", "python": "3.11.9"},
         "recipe": _RECIPE,
+        **_evidence("negative", "positive"),
     }
 
 
@@ -137,6 +138,7 @@ def hostile() -> Report:
         "repeat": [f"echo '{SCRIPT}' ```"],
         "versions": {SCRIPT: SCRIPT},
         "recipe": f"name: {SCRIPT}\n```\n",
+        **_evidence(SCRIPT, RIGHT_TO_LEFT * 40),
         "a key from a later version": {"anything": [1]},
     }
 
@@ -289,6 +291,46 @@ def _data(source: str, train: int, test: int) -> dict[str, Any]:
             {"code": "empty_text", "severity": "warning", "where": f"{where}:41", "message": "the text is empty"},
             {"code": "unknown_label", "severity": "error", "where": f"{where}:512", "message": "'postive' is no label"},
         ],
+    }
+
+
+def _evidence(one: str, other: str) -> Report:
+    """What a report says beyond its numbers: slices, leaks, rows that matter, fidelity, cost."""
+    slices = [
+        {"by": "label", "value": one, "rows": 250, "tuned": 0.908, "baseline_value": 0.124, "difference": 0.784},
+        {"by": "label", "value": other, "rows": 250, "tuned": 0.812, "baseline_value": 0.916, "difference": -0.104},
+        {"by": one, "value": "", "rows": 11, "tuned": 0.5, "baseline_value": 0.5, "difference": 0.0},
+    ]
+    verdicts = [("better", 1e-50), ("not better", 0.004), ("no evidence", 1.0)]
+    for part, (verdict, p_value) in zip(slices, verdicts, strict=True):
+        difference = float(str(part["difference"]))
+        part |= {"interval": [difference - 0.05, difference + 0.05], "verdict": verdict}
+        part |= {"p_value": p_value / 3, "p_corrected": p_value}
+    near = [{"source": f"{one}:7", "sha256": "0", "score": 0.93, "text": f"{other} text", "label": other}] * 3
+    error = {"source": "test.jsonl:5", "text": f"{one} text", "label": one, "tuned": other, "confidence": 0.97}
+    errors = {
+        "wrong": 45,
+        "traced": 45,
+        "by": "gradients",
+        "among": 800,
+        "of": 1000,
+        "rows": [error | {"nearest": near}],
+    }
+    suspect = near[0] | {"instead": one}
+    hop = {"rows": 8, "tokens": 128, "largest_logit_difference": 1.4e-5, "largest_kl": 4e-7}
+    hop |= {"same_best_token": 1.0, "greedy_agreement": 0.984, "allowed": {"largest_logit_difference": 1e-3}}
+    return {
+        "slices": slices,
+        "slices_of": "accuracy",
+        "without_leaked": {"leaked": 12, "rows": 488, **_comparison("base", 0.90, 0.53, [0.32, 0.42], 1e-30, "better")},
+        "rows_that_matter": {
+            "errors": errors,
+            "suspects": {"found": 31, "looked_at": 900, "of": 1000, "accuracy": 0.82, "rows": [suspect] * 20},
+        },
+        "cost": {"seconds": 1634.2, "device": "cpu", "tokens": 742_118, "low": 3.1, "high": 4.6, "note": "n"},
+        "fidelity": {"trained -> packaged": hop, "packaged -> gguf-q8_0": hop | {"largest_weight_error": 0.004}},
+        "rendering": {"conversations": 8, "tokens": 312, "hops": ["trained", "packaged", "endpoint"]},
+        "served": {"rows": 50, "compared": 50, "equal": 49, "ties": 1, "latency_s": {"median": 0.0201}},
     }
 
 

@@ -251,7 +251,9 @@ def test_the_report_has_slices_leaks_errors_and_suspects(given_run: tuple[Path, 
     predictions = [one for one in found["errors"]["rows"] if one["label"] == one["tuned"]]
     assert not predictions
     assert found["errors"]["by"] == "gradients"
-    assert all(len(one["nearest"]) == 5 for one in found["errors"]["rows"])
+    assert all(len(one["nearest"]) == 3 for one in found["errors"]["rows"])
+    lines = (given_run[1] / "evaluate/nearest.jsonl").read_text().splitlines()
+    assert len(lines) == 5 * found["errors"]["traced"]
 
 
 def test_rows_are_dropped_and_the_run_trained_again_in_one_command(

@@ -381,8 +381,8 @@ def test_a_long_curve_is_thinned_but_keeps_its_spike() -> None:
 def test_examples_show_gains_and_losses() -> None:
     page = Page(render_html(samples.binary()))
     titles = [heading["text"].split(" ")[0].strip() for heading in page.all("h3")]
-    assert titles[-4:] == ["Gained", "Lost", "Wrong", "Right"]
-    assert len(page.all("p", class_="source")) == 12
+    assert titles[-5:] == ["Gained", "Lost", "Wrong", "Right", "Errors,"]
+    assert len(page.all("p", class_="source")) == 12 + 4  # and an error with the three rows nearest to it
     words = page.text("dt")
     assert "Base wrong" in words
     assert "Tuned right" in words
@@ -455,7 +455,14 @@ def test_any_optional_part_can_be_missing(key: str, anchor: str | None) -> None:
 
 
 def test_empty_parts_are_left_out_too() -> None:
-    empty = {"examples": [], "data": {"findings": []}, "repeat": [], "versions": {}, "recipe": ""}
+    empty = {
+        "examples": [],
+        "data": {"findings": []},
+        "repeat": [],
+        "versions": {},
+        "recipe": "",
+        "rows_that_matter": None,
+    }
     page = Page(render_html({**samples.binary(), **empty}))
     assert page.faults == []
     assert "Examples" not in page.text("h2")
@@ -469,9 +476,68 @@ def test_findings_that_the_report_does_not_hold_are_counted() -> None:
     counts = [{"split": "test", "code": code, "severity": severity, "count": n} for code, severity, n in kinds]
     report["data"] = {**report["data"], "findings": [first], "counts": counts}
     page = render_html(report)
-    assert "1 of 1030; data/findings.jsonl has all" in page
+    assert "1 of 1030; data/findings.jsonl and data/inspection.json have all" in page
     assert "30 errors, 1,000 warnings" in page
     assert "The data checks report 30 errors" in page
+
+
+# Evidence
+
+
+def test_where_it_got_worse_is_said_first_and_shown_worst_first() -> None:
+    html = render_html(samples.binary())
+    page = Page(html)
+    assert "It got worse where: label positive (\u22120.10)." in page.text("section", class_="verdict better")
+    rows = tables(html)["Accuracy against the base"]
+    assert [row[1] for row in rows[1:]] == ["positive", "(empty)", "negative"]
+    assert rows[1][-1] == "not better"
+    assert "1 better, 1 not better, 1 no evidence" in page.text()
+    assert "| label | positive | 250 |" in render_markdown(samples.binary())
+
+
+def test_the_difference_without_leaked_rows_is_said() -> None:
+    said = Page(render_html(samples.binary())).text("section", class_="verdict better")
+    assert "12 test rows say, exactly or nearly, what a training row says." in said
+    assert "Without them the difference is +0.370 (+0.320 to +0.420): better." in said
+
+
+def test_rows_that_matter_are_shown_with_the_command_that_drops_them() -> None:
+    page = Page(render_html(samples.binary()))
+    assert "among the 800 of 1,000 training rows" in page.text()
+    assert "agrees with 82% of the labels, and looked at 900 of 1,000 rows" in page.text()
+    assert "tunewright retrain imdb-sentiment-20261124-3f2a --drop 20" in page.text("pre")
+
+
+def test_fidelity_shows_each_copy_and_what_the_endpoint_answered() -> None:
+    html = render_html(samples.binary())
+    text = Page(html).text("section")
+    assert "packaged \u2192 gguf-q8_0" in text
+    assert "98.4%" in text
+    assert "limit 0.001" in text
+    assert "8 conversations (312 tokens) have the same token ids in: trained, packaged, endpoint." in text
+    assert "as offline The endpoint was asked 50 test rows over HTTP: 49 of 50 answers" in text
+
+
+@pytest.mark.parametrize(
+    ("cost", "said"),
+    [
+        ({"low": 0.0, "high": 0.0, "note": "runs on this machine"}, "nothing billed (runs on this machine)"),
+        ({"low": 3.1, "high": 4.6, "note": "n"}, "planned $3.10 to $4.60"),
+        ({"low": None, "high": None, "note": "no price is known"}, "no price is known"),
+    ],
+)
+def test_the_cost_is_said_as_far_as_it_is_known(cost: dict[str, Any], said: str) -> None:
+    report = samples.binary()
+    report["cost"] = {"seconds": 42.0, "device": "cpu", "tokens": 1, **cost}
+    assert said in Page(render_html(report)).text()
+
+
+def test_many_findings_of_one_kind_do_not_hide_another() -> None:
+    report = samples.binary()
+    many = [{"code": "near_training", "severity": "warning", "where": f"t:{n}", "message": "m"} for n in range(40)]
+    report["data"]["findings"] = [*many, {"code": "secret", "severity": "info", "where": "t:99", "message": "key"}]
+    rows = next(rows for caption, rows in tables(render_html(report)).items() if caption.startswith("Findings"))
+    assert [row[0] for row in rows[1:]] == ["t:0", "t:1", "t:2", "t:3", "t:99"]
 
 
 # Colours

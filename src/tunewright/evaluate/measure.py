@@ -14,6 +14,8 @@ import numpy as np
 from tunewright import chat, graders, models
 from tunewright.chat import Example, Rendering
 from tunewright.data import prepare
+from tunewright.data.tokens import TokenStore
+from tunewright.errors import DataError
 from tunewright.evaluate import baselines, compare, influence, metrics, report, slices, tracing
 from tunewright.generate import LocalCompleter
 from tunewright.graders import Answer
@@ -32,6 +34,9 @@ INTERVALS = {
 MEANS = ("exact_match", "rouge_l", "reward_margin", "preference_accuracy", "reward_accuracy", "reward")
 """Metrics that are means over the rows."""
 NUM_EXAMPLES = 12
+MOST_FINDINGS = 100
+TOKEN_BINS = 30
+"""Bars of a picture of lengths."""
 PER_ROW = ("prompt_tokens", "chosen_logp", "rejected_logp", "chosen_tokens", "rejected_tokens")
 """What else is written for each row."""
 OTHER = "(none of the classes)"
@@ -85,45 +90,6 @@ def evaluate(run: Run, tracker: Tracker, ask: Ask | None = None) -> None:
     tracker.artifact(run.report_page, "report")
     write_json(run.manifest_file("evaluate"), body)
     tracker.artifact(run.manifest_file("evaluate"), "report")
-
-
-def against(run: Run, earlier: Run) -> dict[str, Any] | None:
-    """The tuned model of a run against that of an earlier one, on the rows that both were tested on; None where they
-    have none in common, or the metric is not one of single rows."""
-    import pandas as pd
-
-    recipe = run.recipe()
-    if recipe.metric not in ("accuracy", *MEANS) or earlier.recipe().metric != recipe.metric:
-        return None
-    frames = [pd.read_parquet(one.predictions_file) for one in (run, earlier)]
-    both = frames[0][frames[0].model == "tuned"].merge(frames[1][frames[1].model == "tuned"], on=["id", "label"])
-    if both.empty:
-        return None
-    one, other = (
-        (
-            both[f"prediction_{side}"] == both["label"]
-            if recipe.metric == "accuracy"
-            else both[f"{recipe.metric}_{side}"]
-        )
-        .to_numpy()
-        .astype(float)
-        for side in ("x", "y")
-    )
-    binary = recipe.metric == "accuracy"
-    p_value = (
-        compare.mcnemar(one == 1, other == 1) if binary else compare.permutation(one - other, seed=recipe.evaluate.seed)
-    )
-    return {"rows": len(both)} | compare.compare(
-        metric=recipe.metric,
-        baseline=f"run {earlier.id}",
-        tuned=lambda chosen: float(one[chosen].mean()),
-        other=lambda chosen: float(other[chosen].mean()),
-        rows=len(both),
-        p_value=p_value,
-        test="McNemar exact" if binary else "paired permutation",
-        resamples=recipe.evaluate.bootstrap,
-        seed=recipe.evaluate.seed,
-    )
 
 
 def tuned_model(run: Run, recipe: Recipe, ref: ModelRef, tokenizer: Any) -> Any:
@@ -194,6 +160,9 @@ def _answers(run: Run, recipe: Recipe, test: Sequence[Example], labels: list[str
         answers[name] = ask("tuned" if name == "tuned" else "base", rows, progress)
     if recipe.task == "preference":
         _compare_with_base(answers, recipe.train.dpo.beta)
+    if recipe.evaluate.against is not None:
+        earlier = Run.open(recipe.evaluate.against)
+        answers[f"run {earlier.id}"] = _of_earlier(earlier, test, labels)
     if labels is not None:
         if "tfidf" in recipe.baselines:
             predicted, probabilities = baselines.tfidf(train, test, labels, recipe.evaluate.seed)
@@ -201,6 +170,34 @@ def _answers(run: Run, recipe: Recipe, test: Sequence[Example], labels: list[str
         if "majority" in recipe.baselines:
             answers["majority"] = {"prediction": baselines.majority(train, test)}
     return answers
+
+
+def _of_earlier(earlier: Run, test: Sequence[Example], labels: list[str] | None) -> dict[str, Any]:
+    """What the tuned model of an earlier run answered to these rows.
+
+    Raises:
+        DataError: it was tested on other rows.
+    """
+    import pandas as pd
+
+    frame = pd.read_parquet(earlier.predictions_file)
+    frame = frame[frame.model == "tuned"].dropna(axis="columns", how="all").set_index("id")
+    there = frame.index.is_unique and all(example.id in frame.index for example in test)
+    ids = [example.id for example in test]
+    if not there or ("label" in frame and frame.loc[ids, "label"].tolist() != [_expected(one, labels) for one in test]):
+        raise DataError(
+            f"evaluate.against: {earlier.path} was tested on other rows than these; name a run with the same test set, "
+            "or leave it out"
+        )
+    frame = frame.loc[ids]
+    said: dict[str, Any] = {key: frame[key].tolist() for key in frame if key not in ("model", "label", "rejected")}
+    if "probabilities" in said:
+        rows = said.pop("probabilities")
+        if labels is not None and len(rows[0]) == len(labels) and all(one in labels for one in said["prediction"]):
+            said["probabilities"] = np.array([list(row) for row in rows])
+    if "loss_sum" in said:
+        said["losses"] = list(zip(said.pop("loss_sum"), map(int, said.pop("tokens")), strict=True))
+    return said
 
 
 def _ask(
@@ -582,6 +579,7 @@ def _report(
         "without_leaked": measured.get("without_leaked"),
         "must_beat": recipe.evaluate.must_beat,
         "examples": _examples(recipe, test, answers, labels) if recipe.task != "pretraining" else [],
+        "cost": _cost(run, trained),
         "training": {
             key: trained[key]
             for key in (
@@ -601,8 +599,8 @@ def _report(
             "curve_of": drawn,
             "validation_curve": [[entry["step"], entry["eval_loss"]] for entry in log if "eval_loss" in entry],
         },
-        "data": {split: checks["splits"][split] for split in ("train", "test")}
-        | {"findings": _gravest(checks["findings"])[:50], "counts": checks["counts"]},
+        "data": {split: checks["splits"][split] | _histograms(run, split) for split in ("train", "test")}
+        | _found(run, checks),
         "model": {key: resolved["model"][key] for key in ("name", "revision", "parameters")},
         "repeat": [
             f"tunewright run {where}/recipe.yaml --fresh",
@@ -615,6 +613,37 @@ def _report(
     if labels is not None:
         body["labels"] = labels
     return body
+
+
+def _cost(run: Run, trained: dict[str, Any]) -> dict[str, Any]:
+    """What training took, and what was planned to be billed."""
+    planned = run.manifest("plan") if run.manifest_file("plan").is_file() else {}
+    took = {"seconds": trained["seconds"], "device": trained["device"], "tokens": trained["tokens"]}
+    return took | {key: (planned.get("cost") or {}).get(key) for key in ("low", "high", "note")}
+
+
+def _found(run: Run, checks: dict[str, Any]) -> dict[str, Any]:
+    """Findings of the preparation and of the long look: the first of each kind, and how many there are."""
+    looked = read_json(run.inspection_file) if run.inspection_file.is_file() else {"findings": [], "counts": []}
+    findings = _gravest([*checks["findings"], *looked["findings"]])
+    return {"findings": findings[:MOST_FINDINGS], "counts": [*checks["counts"], *looked["counts"]]}
+
+
+def _histograms(run: Run, split: str) -> dict[str, Any]:
+    """How many sequences have how many tokens, and how many of those are learnt."""
+    store = TokenStore.open(run, split)
+    found = {}
+    for part, lengths in (("total", store.lengths), ("answer", store.targets)):
+        counts, edges = np.histogram(lengths, bins=_edges(lengths))
+        found[part] = {"edges": edges.tolist(), "counts": counts.tolist()}
+    return {"histograms": found}
+
+
+def _edges(lengths: Any) -> Any:
+    """Whole numbers, at most `TOKEN_BINS` steps of the same width from the shortest to the longest."""
+    low, high = int(lengths.min()), int(lengths.max()) + 1
+    width = max(1, -(-(high - low) // TOKEN_BINS))
+    return np.arange(low, high + width, width)
 
 
 def _gravest(findings: list[dict[str, Any]]) -> list[dict[str, Any]]:

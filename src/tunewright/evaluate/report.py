@@ -29,7 +29,8 @@ MOST_CLASSES_IN_A_MATRIX = 100
 MOST_CLASSES_AT_A_GLANCE = 12
 MOST_CLASSES_SIDE_BY_SIDE = 6
 MOST_EXAMPLES = 12
-MOST_FINDINGS = 20
+MOST_FINDINGS, MOST_FINDINGS_OF_A_KIND = 20, 4
+MOST_SLICES, MOST_SLICES_DRAWN = 200, 12
 
 # Controls and half surrogates: a file or a browser would choke on them.
 _NOT_TEXT = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ud800-\udfff\ufffe\uffff]")
@@ -102,6 +103,7 @@ def _view(report: Report) -> dict[str, Any]:
             ("Task", report["task"]),
             ("Base model", f"{model['name']}{revision}" + _size(model["parameters"])),
             ("Test rows", f"{report['rows']:,}"),
+            *_cost(report.get("cost")),
             ("Made", _date(report["created"])),
             ("Run", report["run_id"]),
         ],
@@ -109,6 +111,10 @@ def _view(report: Report) -> dict[str, Any]:
         "models_chart": _models_chart(report, order),
         "difference_chart": _difference_chart(report),
         "comparisons": [_comparison_row(comparison) for comparison in report["comparisons"]],
+        "slices": _slices(report),
+        "leaks": _leaks(report),
+        "mattering": _mattering(report),
+        "fidelity": _fidelity(report),
         "classes": _classes(report, labels),
         "confusion": _confusion(report, labels),
         "calibration": _calibration(report),
@@ -218,6 +224,17 @@ def _cautions(report: Report) -> list[str]:
             cheap = ", which costs far less to run" if other["baseline"] in {"tfidf", "majority"} else ""
             word = "Not better than" if other["verdict"] == "not better" else "No evidence that it is better than"
             found.append(f"{word} {_the(other['baseline'])}{cheap}: {_difference(other, _places(other))}.")
+    if leaks := report.get("without_leaked"):
+        rest = _comparison_row(leaks)
+        found.append(
+            f"{leaks['leaked']:,} test rows say, exactly or nearly, what a training row says. "
+            f"Without them the difference is {rest['difference']} ({rest['interval']}): {leaks['verdict']}."
+        )
+    worse = [one for one in report.get("slices") or [] if one["verdict"] == "not better"]
+    if worse:
+        named = "; ".join(f"{one['by']} {_label(one['value'])} ({_signed(one['difference'], 2)})" for one in worse[:3])
+        more = f" and {len(worse) - 3} more" if len(worse) > 3 else ""
+        found.append(f"It got worse where: {named}{more}.")
     if rows < 100:
         found.append(f"Only {rows:,} test {'row' if rows == 1 else 'rows'}: other rows may give another result.")
     if not all(_finite(value) for value in tuned.values() if not isinstance(value, dict | list)):
@@ -370,6 +387,114 @@ def _axis(values: Sequence[float], parts: int = 4) -> tuple[float, float, list[f
 
 def _percent(value: float, low: float, high: float) -> float:
     return round(100 * (value - low) / ((high - low) or 1.0), 2)
+
+
+# Slices, leaks, rows that matter, fidelity
+
+
+def _cost(cost: Report | None) -> list[tuple[str, str]]:
+    """How long training took, and what it cost as far as that is known."""
+    if cost is None:
+        return []
+    found = []
+    if cost["seconds"] is not None:
+        found.append(("Training time", f"{_duration(cost['seconds'])} on {cost['device']}"))
+    low, high = cost.get("low"), cost.get("high")
+    if low is None or high is None:
+        return [*found, *([("Cost", cost["note"])] if cost.get("note") else [])]
+    if not high:
+        return [*found, ("Cost", f"nothing billed ({cost['note']})")]
+    return [*found, ("Cost", f"planned ${low:,.2f}" + (f" to ${high:,.2f}" if high != low else ""))]
+
+
+def _slices(report: Report) -> dict[str, Any] | None:
+    """Every slice, the worst difference first, and a picture of those at both ends."""
+    found = report.get("slices") or []
+    if not found:
+        return None
+    ordered = sorted(found, key=lambda one: (one["difference"], one["by"], one["value"]))
+    ends = ordered if len(ordered) <= MOST_SLICES_DRAWN else [*ordered[:8], *ordered[-4:]]
+    of = NAMES.get(report["slices_of"], report["slices_of"])
+    name = _the(report["comparison"]["baseline"])
+    drawn = [(_short(f"{one['by']}: {_label(one['value'])}"), one["difference"], one["interval"]) for one in ends]
+    rows = [
+        {
+            "by": _cut(one["by"], 80),
+            "value": _label(one["value"]),
+            "rows": one["rows"],
+            "tuned": _number(one["tuned"], 3),
+            "baseline_value": _number(one["baseline_value"], 3),
+            "difference": _signed(one["difference"], 3),
+            "interval": " to ".join(_signed(end, 3) for end in one["interval"]),
+            "p": "< 0.001" if one["p_corrected"] < 0.001 else _number(one["p_corrected"], 3),
+            "verdict": one["verdict"],
+            "kind": one["verdict"].replace(" ", "-"),
+        }
+        for one in ordered[:MOST_SLICES]
+    ]
+    counted = Counter(one["verdict"] for one in found)
+    told = ", ".join(f"{counted[word]} {word}" for word in ("better", "not better", "no evidence") if counted[word])
+    some = f"; the {len(ends)} at both ends of {len(found)}" if len(ends) < len(found) else ""
+    title = f"difference in {of}, tuned against {name}, on parts of the test rows{some}"
+    chart = _dots(title, drawn, lambda value: _signed(value, 3), zero=True)
+    return {"chart": chart, "rows": rows, "count": len(found), "told": told, "of": of, "against": name}
+
+
+def _short(name: str, most: int = 26) -> str:
+    """What fits beside a number on a narrow screen."""
+    return name if len(name) <= most else f"{name[: most - 1]}\u2026"
+
+
+def _leaks(report: Report) -> dict[str, Any] | None:
+    leaks = report.get("without_leaked")
+    return {"leaked": leaks["leaked"], "rows": leaks["rows"], **_comparison_row(leaks)} if leaks else None
+
+
+def _mattering(report: Report) -> dict[str, Any] | None:
+    """Errors with the training rows that they come from, and labels that look wrong; None where there is neither."""
+    found = report.get("rows_that_matter") or {}
+    errors, suspects = found.get("errors"), found.get("suspects")
+    errors = errors if errors and errors["rows"] else None
+    suspects = suspects if suspects and suspects["rows"] else None
+    return {"errors": errors, "suspects": suspects} if errors or suspects else None
+
+
+MEASURES = {
+    "rows": "prompts",
+    "tokens": "tokens",
+    "largest_logit_difference": "largest logit difference",
+    "largest_kl": "largest KL (nats)",
+    "same_best_token": "same best token",
+    "greedy_agreement": "greedy agreement",
+    "largest_weight_error": "largest weight error",
+}
+
+
+def _fidelity(report: Report) -> dict[str, Any] | None:
+    """What each copy of the model differs by from the one before it; None before it was packaged."""
+    hops, served = report.get("fidelity") or {}, report.get("served")
+    if not hops and not served:
+        return None
+    columns = [key for key in MEASURES if any(key in hop for hop in hops.values())]
+    rows = []
+    for name, hop in hops.items():
+        allowed = hop.get("allowed") or {}
+        cells = [{"value": _exact(key, hop.get(key)), "limit": _exact(key, allowed.get(key))} for key in columns]
+        rows.append({"name": name.replace("->", "\u2192"), "cells": cells})
+    return {
+        "columns": [MEASURES[key] for key in columns],
+        "rows": rows,
+        "served": served,
+        "rendering": report.get("rendering"),
+    }
+
+
+def _exact(key: str, value: Any) -> str | None:
+    if value is None:
+        return None
+    if key in ("rows", "tokens"):
+        return f"{value:,}"
+    return f"{value:.1%}" if key in ("same_best_token", "greedy_agreement") else f"{value:.2g}"
 
 
 # Classes, confusions and confidence
@@ -554,10 +679,52 @@ def _data(data: dict[str, Any]) -> dict[str, Any]:
     counts = [(by_severity[one], one, many) for one, many in order.items()]
     return {
         "splits": splits,
-        "findings": sorted(findings, key=lambda finding: list(order).index(finding["severity"]))[:MOST_FINDINGS],
+        "lengths": _lengths(splits),
+        "findings": _some(sorted(findings, key=lambda finding: list(order).index(finding["severity"]))),
         "found": by_severity.total(),
         "told": ", ".join(f"{n:,} {many if n > 1 else one}" for n, one, many in counts if n),
     }
+
+
+def _some(findings: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """A few of each kind, so that many of one do not hide another."""
+    seen: Counter[str] = Counter()
+    kept = []
+    for finding in findings:
+        seen[finding["code"]] += 1
+        if seen[finding["code"]] <= MOST_FINDINGS_OF_A_KIND:
+            kept.append(finding)
+    return kept[:MOST_FINDINGS]
+
+
+def _lengths(splits: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Bars of how many rows have how many tokens, for each split and part; heights and places in percent."""
+    drawn = []
+    for split in splits:
+        for part, title in (("total", "tokens in a row"), ("answer", "tokens that are learnt in a row")):
+            found = (split.get("histograms") or {}).get(part)
+            if not found or not sum(found["counts"]):
+                continue
+            edges, counts = found["edges"], found["counts"]
+            low, high, most = edges[0], edges[-1], max(counts)
+            bars = [
+                (_percent(start, low, high), round(100 * (end - start) / (high - low), 2), round(100 * count / most, 2))
+                for start, end, count in zip(edges, edges[1:], counts, strict=False)
+                if count
+            ]
+            middle = (low + high - 1) // 2
+            spread = split["tokens"][part]
+            drawn.append(
+                {
+                    "title": f"{split['name']}: {title}",
+                    "bars": bars,
+                    "ticks": [(0, f"{low:,}"), (50, f"{middle:,}"), (100, f"{high - 1:,}")],
+                    "most": f"{most:,}",
+                    "description": f"From {spread['min']:,} to {spread['max']:,}; the middle row has "
+                    f"{spread['median']:,.0f}, one in twenty more than {spread['p95']:,.0f}.",
+                }
+            )
+    return drawn
 
 
 def _by_severity(data: dict[str, Any]) -> Counter[str]:

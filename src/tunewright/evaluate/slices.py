@@ -21,7 +21,7 @@ FEWEST_ROWS = 10
 MOST_VALUES = 40
 """Slices of one kind, those with most rows; the rows of the others are counted under `REST`."""
 REST = "(others)"
-LENGTH = "tokens of the prompt"
+LENGTH = "prompt tokens"
 LENGTHS = 4
 """Parts of as many rows each that the lengths are cut into."""
 

@@ -21,7 +21,7 @@ MOST_ERRORS = 200
 """Errors that are traced, the gravest first."""
 NEAREST = 5
 """Training rows named for an error."""
-SHOWN_ERRORS, SHOWN_SUSPECTS = 6, 20
+SHOWN_ERRORS, SHOWN_NEAREST, SHOWN_SUSPECTS = 5, 3, 20
 """Of each, how many the report has."""
 EXCERPT = 400
 
@@ -86,7 +86,7 @@ def _errors(
         "by": "gradients" if sketch is not None else "words",
         "among": len(among),
         "of": len(train),
-        "rows": found[:SHOWN_ERRORS],
+        "rows": [one | {"nearest": one["nearest"][:SHOWN_NEAREST]} for one in found[:SHOWN_ERRORS]],
     }
 
 
