@@ -24,6 +24,7 @@ from tunewright.chat import Example, Message
 from tunewright.data import prepare
 from tunewright.errors import DataError, RunError
 from tunewright.evaluate import compare, influence, slices, suspects
+from tunewright.run import Run
 from tunewright.testing import tiny_model
 
 SHARED = Path(os.environ.get("TUNEWRIGHT_SHARED", Path(__file__).parents[3] / "shared"))
@@ -272,6 +273,16 @@ def test_rows_are_dropped_and_the_run_trained_again_in_one_command(
     findings = [json.loads(line) for line in (folder / "data/findings.jsonl").read_text().splitlines()]
     assert {one["where"].rpartition(":")[2] for one in findings if one["code"] == "asked_out"} == {"61", "62"}
     assert f"run {given_run[1].name}" in said.err  # the two are compared
+
+
+def test_of_very_many_rows_some_are_drawn_in_their_order(given_run: tuple[Path, Path]) -> None:
+    run = Run.open(given_run[1])
+    whole = prepare.examples(run, "train")
+    some = prepare.some_examples(run, "train", 20, seed=1)
+    assert len(some) == 20
+    assert [one for one in whole if one in some] == some
+    assert some != prepare.some_examples(run, "train", 20, seed=2)
+    assert prepare.some_examples(run, "train", 62, seed=1) == whole
 
 
 def test_more_than_there_are_cannot_be_dropped(given_run: tuple[Path, Path]) -> None:

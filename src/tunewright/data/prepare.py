@@ -324,6 +324,19 @@ def examples(run: Run, split: str) -> list[Example]:
     return [Example.from_dict(row) for row in read_json_lines(run.data_file(split))]
 
 
+def some_examples(run: Run, split: str, most: int, seed: int) -> list[Example]:
+    """The prepared rows of a split, or of more than `most` so many drawn at random, in their order."""
+    used = run.manifest("prepare")["splits"][split]["used"]
+    if used <= most:
+        return examples(run, split)
+    chosen = np.zeros(used, dtype=bool)
+    chosen[np.random.default_rng(seed).permutation(used)[:most]] = True
+    with run.data_file(split).open(encoding="utf-8") as file:
+        return [
+            Example.from_dict(json.loads(line)) for line, wanted in zip(file, chosen.tolist(), strict=False) if wanted
+        ]
+
+
 def stored(run: Run, split: str, tokenizer: Any) -> TokenStore:
     """The tokens of a split's rows, as they were prepared; long texts in pieces.
 

@@ -70,7 +70,7 @@ def evaluate(run: Run, tracker: Tracker, ask: Ask | None = None) -> None:
     body = _report(run, recipe, checks, test, answers, labels, measured)
     if recipe.task in ("classification", "chat"):
         run.set_progress("evaluate", 1, 1, "tracing errors")
-        train = prepare.examples(run, "train")
+        train = prepare.some_examples(run, "train", tracing.MOST_ROWS, recipe.evaluate.seed)
         body["rows_that_matter"] = tracing.trace(
             run, recipe, train, test, answers["tuned"], checks["labels"], asked.sketch if ask is None else None
         )

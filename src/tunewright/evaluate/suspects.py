@@ -20,8 +20,6 @@ from tunewright.chat import Example
 from tunewright.evaluate.baselines import words
 
 FOLDS = 5
-MOST_ROWS = 50_000
-"""Rows that are judged; of more, so many drawn at random."""
 Array = np.ndarray[Any, Any]
 
 
@@ -49,9 +47,8 @@ class Suspects:
 
 def suspects(train: Sequence[Example], labels: Sequence[str], *, seed: int) -> Suspects | None:
     """Judge every row; None where there are too few of each label to put some aside."""
-    order = np.random.default_rng(seed).permutation(len(train))[:MOST_ROWS]
-    counts = Counter(str(train[row].label) for row in order)
-    order = np.array([row for row in order if counts[str(train[row].label)] >= FOLDS], dtype=int)
+    counts = Counter(str(example.label) for example in train)
+    order = np.array([row for row, one in enumerate(train) if counts[str(one.label)] >= FOLDS], dtype=int)
     if len({str(train[row].label) for row in order}) < 2:
         return None
     given = np.array([list(labels).index(str(train[row].label)) for row in order])

@@ -17,6 +17,8 @@ from tunewright.evaluate.baselines import words
 from tunewright.recipe import Recipe
 from tunewright.run import Run, write_json_lines
 
+MOST_ROWS = 50_000
+"""Training rows that are looked at; of more, so many drawn at random."""
 MOST_ERRORS = 200
 """Errors that are traced, the gravest first."""
 NEAREST = 5
@@ -85,7 +87,7 @@ def _errors(
         "traced": len(rows),
         "by": "gradients" if sketch is not None else "words",
         "among": len(among),
-        "of": len(train),
+        "of": _used(run),
         "rows": [one | {"nearest": one["nearest"][:SHOWN_NEAREST]} for one in found[:SHOWN_ERRORS]],
     }
 
@@ -103,10 +105,15 @@ def _suspects(
     return {
         "found": len(lines),
         "looked_at": found.looked_at,
-        "of": len(train),
+        "of": _used(run),
         "accuracy": found.accuracy,
         "rows": lines[:SHOWN_SUSPECTS],
     }
+
+
+def _used(run: Run) -> int:
+    used: int = run.manifest("prepare")["splits"]["train"]["used"]
+    return used
 
 
 def _gravest(test: Sequence[Example], tuned: dict[str, Any], labels: Sequence[str] | None) -> list[int] | None:
