@@ -59,3 +59,4 @@ def test_pairs_are_read_once_and_prompts_are_answered_by_each_model() -> None:
 def test_more_evaluation_takes_longer() -> None:
     short, long = (planned("classification", {"label_nodes": nodes}) for nodes in (1, 10**9))
     assert long["seconds"][0] > short["seconds"][1]
+    assert long["train_seconds"][1] < long["seconds"][0]

@@ -48,9 +48,12 @@ def estimate(recipe: Recipe, resolved: dict[str, Any], backend: Backend) -> dict
     settled = resolved["train"]
     each = 6 if settled["method"] == "full" else 4
     hosted = isinstance(backend, Hosts)
-    flops = parameters * (each * train_tokens + 2 * evaluated_tokens)
+    training, evaluating = parameters * each * train_tokens, parameters * 2 * evaluated_tokens
     speed = matrix_speed()
-    seconds = [round(START_S + flops / (speed * share)) for share in reversed(SHARE_OF_PEAK)]
+    train_seconds, seconds = (
+        [round(begun + flops / (speed * share)) for share in reversed(SHARE_OF_PEAK)]
+        for begun, flops in ((0, training), (START_S, training + evaluating))
+    )
     weights = 4 * parameters
     trained = weights if settled["method"] == "full" else weights // 50
     checkpoints = (train.save_total_limit or 3) * (3 * trained)
@@ -74,6 +77,7 @@ def estimate(recipe: Recipe, resolved: dict[str, Any], backend: Backend) -> dict
             **(_billed(recipe, resolved) if hosted else {}),
         },
         "seconds": seconds,
+        "train_seconds": train_seconds,
         "memory_bytes": settled["memory_bytes"],
         "method": settled["method"],
         "why": {"method": settled["method_why"], "bf16": settled["bf16_why"]},
