@@ -15,11 +15,13 @@ from typer.testing import CliRunner
 
 from tunewright import cli
 from tunewright.data.codes import CODES
+from tunewright.preflight import FAILURES
 from tunewright.recipe import GRADERS, REFUSED, RENAMED, BackendChoice, GraderMessage, Recipe, Sampling, Section
 
 DOCS = Path(__file__).parents[1] / "docs"
 WIDTH = 100
-TABLE_BEGINS, TABLE_ENDS = "<!-- findings -->", "<!-- end of findings -->"
+TABLES = {"findings": ("finding", CODES), "failures": ("failure", FAILURES)}
+"""Tables of docs/checks.md, by the comments that they stand between: what a row is called, and the rows."""
 
 
 def main() -> None:
@@ -28,12 +30,16 @@ def main() -> None:
 
 
 def checks_page() -> str:
-    """docs/checks.md with its table of findings made anew; the words around it are a person's."""
-    before, _, rest = (DOCS / "checks.md").read_text().partition(TABLE_BEGINS)
-    _, _, after = rest.partition(TABLE_ENDS)
-    rows = [f"| `{code}` | {kind.means} | {kind.fix} |" for code, kind in CODES.items()]
-    table = "\n".join(["", "| finding | what it means | what to do |", "| --- | --- | --- |", *rows, ""])
-    return f"{before}{TABLE_BEGINS}{table}{TABLE_ENDS}{after}"
+    """docs/checks.md with its tables of findings and failures made anew; the words around them are a person's."""
+    page = (DOCS / "checks.md").read_text()
+    for name, (row, kinds) in TABLES.items():
+        begins, ends = f"<!-- {name} -->", f"<!-- end of {name} -->"
+        before, _, rest = page.partition(begins)
+        _, _, after = rest.partition(ends)
+        rows = [f"| `{code}` | {kind.means} | {kind.fix} |" for code, kind in kinds.items()]
+        table = "\n".join(["", f"| {row} | what it means | what to do |", "| --- | --- | --- |", *rows, ""])
+        page = f"{before}{begins}{table}{ends}{after}"
+    return page
 
 
 def cli_page() -> str:

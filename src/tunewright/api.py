@@ -21,6 +21,7 @@ from tunewright.backends import base as backends
 from tunewright.data.mend import Mended
 from tunewright.errors import RunError
 from tunewright.life import Checked, Outcome, Watcher
+from tunewright.preflight import Preflight, Progress
 from tunewright.recipe import Recipe
 from tunewright.run import STAGES, Run
 
@@ -58,6 +59,14 @@ class Life:
             api: also hold the rows to the rules of OpenAI's and Azure OpenAI's fine-tuning API.
         """
         return life.check(self.recipe, inspect=inspect, api=api, progress=progress)
+
+    def preflight(self, *, progress: Progress | None = None) -> Preflight:
+        """Learn a few of the rows by heart, and have the model say them as an endpoint would; nothing of it stays.
+
+        Raises:
+            RecipeError: `check` finds an error.
+        """
+        return life.preflight(self.recipe, self.check(inspect=False), progress=progress)
 
     def mend(self, out: str | Path) -> Mended:
         """Write a copy of the data with what can be mended mended, and every change in OUT.changes.jsonl."""

@@ -179,10 +179,20 @@ def check(
     test: Annotated[
         str | None, typer.Option(help="For data: the test set. Default: test.* beside train.*, else a tenth.")
     ] = None,
+    try_: Annotated[
+        bool,
+        typer.Option(
+            "--try", help="Where no error is found: learn a few rows by heart, and have the model say them and stop."
+        ),
+    ] = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Find what is wrong with the recipe, the model and every row of the data, without training."""
+    """Find what is wrong with the recipe, the model and every row of the data, without training.
+
+    With --try a model is trained for a moment, on a few rows and on this machine; nothing of it stays.
+    """
     from tunewright import api as verbs
+    from tunewright import life as lives
     from tunewright import screen
 
     if _is_data(given):
@@ -194,14 +204,21 @@ def check(
     with screen.Bar("rows") as progress:
         checked = life.check(api=api is not None, progress=progress)
     mended = life.mend(fix) if fix is not None else None
-    if as_json:
-        facts = screen.checked_json(checked) | ({"mended": mended.to_dict()} if mended is not None else {})
-        print(json.dumps(facts, indent=1))
-    else:
+    if not as_json:
         screen.checked(checked)
         if mended is not None:
             screen.mended(mended)
-    raise typer.Exit(errors.BAD_INPUT if checked.errors else errors.DONE)
+    tried = None
+    if try_ and not checked.errors:
+        with screen.Bar("preflight", "") as bar:
+            tried = lives.preflight(life.recipe, checked, progress=bar)
+    if as_json:
+        facts = screen.checked_json(checked, tried) | ({"mended": mended.to_dict()} if mended is not None else {})
+        print(json.dumps(facts, indent=1))
+    elif try_:
+        screen.tried(tried)
+    failed = checked.errors or (tried is not None and tried.code is not None)
+    raise typer.Exit(errors.BAD_INPUT if failed else errors.DONE)
 
 
 @app.command()

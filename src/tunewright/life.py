@@ -16,12 +16,13 @@ import shutil
 import subprocess
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 from tunewright import chat, deploy, errors, gguf_header, memory, models, tracking
+from tunewright import preflight as preflights
 from tunewright import recipe as recipes
 from tunewright import run as run_folders
 from tunewright.backends import base as backends
@@ -35,7 +36,8 @@ from tunewright.data.prepare import Assembled
 from tunewright.errors import NOT_BETTER, RecipeError, RunError, StageError
 from tunewright.models import ModelRef
 from tunewright.plan import estimate, free_disk
-from tunewright.recipe import Recipe
+from tunewright.preflight import Few, Preflight
+from tunewright.recipe import BackendChoice, Recipe, Tracking, Train
 from tunewright.run import PREDICTIONS, STAGES, Run, read_json_lines, write_json, write_json_lines
 from tunewright.summary import write_readme
 
@@ -80,6 +82,8 @@ class Checked:
     rendering: chat.Equipment | None = None
     inspection: Findings | None = None
     """What a long look at the rows found; None where nobody looked, or could."""
+    few: tuple[chat.Example, ...] = ()
+    """Training rows that a preflight would learn by heart."""
 
     @property
     def errors(self) -> list[Problem]:
@@ -215,7 +219,7 @@ def check(
         problems.append(Problem(str(error)))
         if backends.hosts(recipe.backend.kind):
             return Checked(problems)  # without the API nobody knows the base
-    ref, data, equipment, inspection = None, None, None, None
+    ref, data, equipment, inspection, few = None, None, None, None, Few()
     if recipe.evaluate.against is not None and not (Path(recipe.evaluate.against) / PREDICTIONS).is_file():
         problems.append(Problem(f"evaluate.against: {recipe.evaluate.against} is no evaluated run (no {PREDICTIONS})"))
     if recipe.train.adapter is not None:
@@ -239,7 +243,13 @@ def check(
             problems.append(Problem(said, "warning"))
         else:
             inspector = Inspector(recipe, tokenizer, equipment, api=api) if inspect else None
-            look = inspector.add if inspector else None
+
+            def look(split: str, example: chat.Example, rendering: chat.Rendering) -> None:
+                if split == "train":
+                    few.add(example, len(rendering.ids))
+                if inspector is not None:
+                    inspector.add(split, example, rendering)
+
             data = prepare.assemble(recipe, ref, tokenizer, equipment, look=look, lenient=True, progress=progress)
             problems += [Problem(str(error)) for error in prepare.stops(recipe, data)]
             inspection = inspector.finish(data.splits) if inspector else None
@@ -251,7 +261,41 @@ def check(
         if (inspection)
         else []
     )
-    return Checked(problems, ref, data, equipment, inspection)
+    return Checked(problems, ref, data, equipment, inspection, tuple(few.chosen()))
+
+
+def preflight(recipe: Recipe, checked: Checked, *, progress: preflights.Progress | None = None) -> Preflight:
+    """Learn a few of the rows that `check` saw by heart, on this machine, and have the model say them.
+
+    Raises:
+        RecipeError: the first error that `check` found.
+        TunewrightError: as training itself would, such as a module that LoRA does not find.
+    """
+    backend = backends.backend(recipe)
+    elsewhere = isinstance(backend, backends.Elsewhere)
+    if isinstance(backend, backends.Hosts):
+        return Preflight("skipped", seen=f"backend.kind: {recipe.backend.kind} trains behind an API, weights and all")
+    if recipe.task == "reward":
+        return Preflight("skipped", seen="task: reward has no answers to learn by heart; its answers are drawn")
+    if not checked.few and not checked.errors:
+        return Preflight("skipped", seen="the rows are where Spark is, and this machine reads none of them")
+    resolved = resolve(recipe, checked, Path())
+    method = resolved["train"]["method"]
+    if elsewhere and method == "qlora" and models.best_device(use_cpu=recipe.train.use_cpu) != "cuda":
+        return Preflight("skipped", seen="train.method: qlora needs a CUDA GPU, and this machine has none")
+    # One process of this machine, whatever trains later.
+    kept = recipe.train.model_dump(exclude_unset=True)
+    kept = {key: value for key, value in kept.items() if not key.startswith(("ddp_", "fsdp"))}
+    own = recipe.model_copy(
+        update={
+            "backend": BackendChoice(),
+            "tracking": Tracking(enabled=False),
+            "train": Train.model_validate(kept | {"method": method} | ({"fp16": False} if elsewhere else {})),
+        }
+    )
+    found = preflights.apart(own, resolve(own, checked, Path()), checked.few, progress or (lambda *_: None))
+    there = f"done on this machine; backend.kind: {recipe.backend.kind} trains elsewhere" if elsewhere else ""
+    return replace(found, note=there)
 
 
 def _do(stage: str, run: Run, recipe: Recipe, backend: Backend, watcher: Watcher) -> None:

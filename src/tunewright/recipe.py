@@ -413,6 +413,10 @@ class Train(Section):
 
     max_steps: int = Field(default=-1, ge=-1)
     """Stop after this many optimizer steps; -1 leaves it to `epochs`."""
+    preflight: Literal["auto", "always", "never"] = "auto"
+    """Learn a few rows by heart before training and have the model say them, as `tunewright check --try` does; what
+    goes wrong ends the run before its first step. auto: where the plan says that training takes ten minutes or more.
+    Not done where several processes train, and on Spark."""
     gradient_accumulation_steps: int = Field(default=1, ge=1)
     per_device_eval_batch_size: int = Field(default=8, ge=1)
     optim: Optimizer = "adamw_torch_fused"
@@ -735,6 +739,7 @@ NOT_IN_EVERY_TASK: dict[str, tuple[Task, ...]] = {
     "grpo": ("reward",),
     "tokens_per_forward": ("classification", "chat", "pretraining"),
     "frozen_layers": ("classification", "chat", "pretraining"),
+    "preflight": ("classification", "chat", "pretraining", "preference"),
     "fsdp": ("classification", "chat", "pretraining"),
     "fsdp_config": ("classification", "chat", "pretraining"),
 }

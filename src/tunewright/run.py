@@ -199,6 +199,11 @@ class Run:
         return self.path / MANIFESTS[stage]
 
     @property
+    def preflight_file(self) -> Path:
+        """What came of learning a few rows by heart before training."""
+        return self.path / "train" / "preflight.json"
+
+    @property
     def lower_file(self) -> Path:
         """What frozen layers make of the training rows, while training lasts."""
         return self.path / "train" / "lower.npy"

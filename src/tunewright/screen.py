@@ -28,6 +28,7 @@ from tunewright.data import sources
 from tunewright.data.codes import CODES
 from tunewright.data.mend import Mended
 from tunewright.life import Checked, Outcome, Watcher
+from tunewright.preflight import Preflight
 from tunewright.run import STAGES, Run
 from tunewright.standing import Found
 
@@ -44,11 +45,11 @@ out = Console(highlight=False, soft_wrap=True)
 
 
 class Bar:
-    """A progress bar for one thing."""
+    """A progress bar for one thing, which counts rows, or shows what it is told to."""
 
-    def __init__(self, what: str) -> None:
-        self.bar = _bar("{task.description}", "{task.completed:,.0f} of {task.total:,.0f} rows")
-        self.what = what
+    def __init__(self, what: str, unit: str = " rows") -> None:
+        self.bar = _bar("{task.description}", "{task.completed:,.0f} of {task.total:,.0f}{task.fields[note]}")
+        self.what, self.unit = what, unit
         self.task: TaskID | None = None
 
     def __enter__(self) -> Bar:
@@ -60,10 +61,11 @@ class Bar:
     ) -> None:
         self.bar.stop()
 
-    def __call__(self, done: int, total: int) -> None:
+    def __call__(self, done: float, total: float, note: str = "") -> None:
+        shown = self.unit or f"  {note}"
         if self.task is None:
-            self.task = self.bar.add_task(self.what, total=total)
-        self.bar.update(self.task, completed=done, total=total)
+            self.task = self.bar.add_task(self.what, total=total, note=shown)
+        self.bar.update(self.task, completed=done, total=total, note=shown)
 
 
 class Watching(Watcher):
@@ -183,9 +185,20 @@ def checked(found: Checked) -> None:
         out.print(Text("ready to run", style="green"))
 
 
-def checked_json(found: Checked) -> dict[str, Any]:
+def tried(found: Preflight | None) -> None:
+    """What came of a preflight, None where `check` found an error before it."""
+    if found is None:
+        out.print("no preflight: mend the errors above first")
+        return
+    colour = {"passed": "green", "failed": "bold red", "skipped": "yellow"}[found.outcome]
+    out.print(Text(found.sentence, colour))
+    if found.note:
+        out.print(Text(found.note, "dim"))
+
+
+def checked_json(found: Checked, tried: Preflight | None = None) -> dict[str, Any]:
     return {
-        "ok": not found.errors,
+        "ok": not found.errors and (tried is None or tried.code is None),
         "problems": [asdict(problem) for problem in found.problems],
         "model": found.model.to_dict() if found.model else None,
         "data": found.data.checks() | {"findings": list(map(asdict, found.data.findings))} if found.data else None,
@@ -193,6 +206,7 @@ def checked_json(found: Checked) -> dict[str, Any]:
         "inspection": found.inspection.to_dict() | {"findings": list(map(asdict, found.inspection))}
         if found.inspection is not None
         else None,
+        "preflight": tried.to_dict() if tried is not None else None,
     }
 
 

@@ -34,7 +34,7 @@ def main(arguments: list[str] | None = None) -> int:
     if arguments[:1] == ["batch"]:
         return batch(Path(arguments[1]))
     parser = argparse.ArgumentParser(prog="python -m tunewright.work")
-    parser.add_argument("stage", choices=[*STAGES, "serve"])
+    parser.add_argument("stage", choices=[*STAGES, "serve", "preflight"])
     parser.add_argument("run", type=Path)
     parser.add_argument("--host", default="127.0.0.1")
     parser.add_argument("--port", type=int, default=0)
@@ -61,6 +61,8 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         if given.stage == "serve":
             serve(run, given.host, given.port)
+        elif given.stage == "preflight":
+            preflight(run)
         else:
             (STAGES | ON.get(given.on, {}))[given.stage](run)
     except (InterruptedError, KeyboardInterrupt) as error:
@@ -72,7 +74,7 @@ def main(arguments: list[str] | None = None) -> int:
         known = explained(error)
         if known is None:
             said = f"{type(error).__name__}: {error}".splitlines()[0]
-            known = StageError(f"{stage} failed: {said}; the traceback is in {run.log_file(stage)}")
+            known = StageError(f"{stage} failed: {said}{_traceback(run, stage)}")
         _report(run, stage, type(known).__name__, str(known))
         return known.exit_code
     finally:
@@ -149,6 +151,19 @@ def _report(run: Run, stage: str, kind: str, message: str) -> None:
         write_json(run.failure_file(stage), {"kind": kind, "message": message})
     except DiskFullError:
         print(message, file=sys.stderr)
+
+
+def _traceback(run: Run, stage: str) -> str:
+    return f"; the traceback is in {run.log_file(stage)}" if stage in run_folders.STAGES else ""
+
+
+def preflight(run: Run) -> None:
+    from tunewright.train import preflight as trying
+
+    def tell(done: int, total: int, note: str) -> None:
+        run.set_progress("preflight", done, total, note)
+
+    write_json(run.preflight_file, trying.attempt(run, trying.given(run), tell).to_dict())
 
 
 def prepare(run: Run) -> None:

@@ -69,6 +69,14 @@ def test_what_needs_several_processes_is_refused_with_one(train: dict[str, Any],
     assert LocalBackend({"processes": 2}).check(recipe, ("train",)) == []
 
 
+def test_a_preflight_of_several_processes_is_refused() -> None:
+    given = {"name": "t", "model": "m", "task": "chat", "data": {"train": "a.jsonl"}, "train": {"preflight": "always"}}
+    recipe = recipes.Recipe.model_validate(given)
+    assert LocalBackend({}).check(recipe, ("train",)) == []
+    (problem,) = LocalBackend({"processes": 2}).check(recipe, ("train",))
+    assert problem.message.startswith("train.preflight: always: backend.processes is 2, and a preflight is for one")
+
+
 def endpoint_pid(run: Run) -> int:
     pid: int = read_json(run.job_file("deploy"))["pid"]
     return pid

@@ -64,6 +64,8 @@ class LocalBackend:
             problems.append(Problem(f"backend.processes: task: {recipe.task} trains in one process; leave it out"))
         elif self.settings.processes > (rows := recipe.train.batch_size * recipe.train.gradient_accumulation_steps):
             problems.append(Problem(too_few_rows(self.settings.processes, rows)))
+        if self.settings.processes > 1 and recipe.train.preflight == "always":
+            problems.append(Problem(no_preflight(f"backend.processes is {self.settings.processes}")))
         if self.settings.processes == 1:
             if recipe.train.fsdp:
                 problems.append(
@@ -229,6 +231,13 @@ class LocalBackend:
         job = {"pid": child.pid, "created": process.create_time(), "at": now(), "stage": stage, **facts}
         write_json(run.job_file(stage), job)
         return process
+
+
+def no_preflight(why: str) -> str:
+    return (
+        f"train.preflight: always: {why}, and a preflight is for one process of this machine; leave it out, "
+        "`tunewright check --try` does it before"
+    )
 
 
 def too_few_rows(processes: int, rows: int) -> str:

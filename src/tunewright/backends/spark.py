@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from tunewright.backends.base import Bill, Job, Problem, Removal, Resource, Status
-from tunewright.backends.local import LocalBackend, too_few_rows
+from tunewright.backends.local import LocalBackend, no_preflight, too_few_rows
 from tunewright.recipe import Recipe
 from tunewright.run import Run
 from tunewright.spark.settings import settings
@@ -40,6 +40,8 @@ class SparkBackend:
         problems = self.here.check(_alone(recipe), tuple(stage for stage in stages if stage not in ON_SPARK))
         if "train" in stages:
             problems += self._cannot_train(recipe)
+            if recipe.train.preflight == "always":
+                problems.append(Problem(no_preflight("Spark trains")))
         if found := self._absent():
             return problems + found
         return problems + self._probe() if set(stages) & set(ON_SPARK) else problems

@@ -26,7 +26,7 @@ from typing import Any, BinaryIO, overload
 
 import numpy as np
 
-from tunewright.chat import Rendering
+from tunewright.chat import Example, Rendering
 from tunewright.errors import RunError
 from tunewright.run import Run, replacing
 
@@ -89,10 +89,13 @@ class TokenStore(Sequence[Rendering]):
 
     def source(self, index: int) -> str:
         """Where a person finds the row that a sequence comes from (file:line)."""
+        return self.example(index).source
+
+    def example(self, index: int) -> Example:
+        """The row that a sequence comes from."""
         with self.files[3].open("rb") as file:
             file.seek(int(self.sequences["byte"][index]))
-            found: str = json.loads(file.readline())["source"]
-        return found
+            return Example.from_dict(json.loads(file.readline()))
 
     def __reduce__(self) -> tuple[type[TokenStore], tuple[Path, ...]]:
         """Another process maps the same files; it is not sent what they hold."""

@@ -40,6 +40,7 @@ OURS = {
     "frozen_layers",
     "adapter",
     "bf16",
+    "preflight",
     "early_stopping_patience",
     "early_stopping_threshold",
     "lora",

@@ -7,7 +7,7 @@ import os
 from tunewright import ranks, tracking
 from tunewright.recipe import NOT_IN_EVERY_TASK
 from tunewright.run import Run
-from tunewright.train import together
+from tunewright.train import preflight, together
 
 
 def train(run: Run, attempt: str | None = None) -> None:
@@ -26,6 +26,7 @@ def _train(run: Run) -> None:
         from tunewright.train.reward import fit
     else:
         from tunewright.train.supervised import fit
+    preflight.before(run)
     unread = {key for key, tasks in NOT_IN_EVERY_TASK.items() if recipe.task not in tasks}
     if int(os.environ.get("RANK", 0)) > 0:
         fit(run, tracking.Tracker(run))  # the first process tells MLflow
