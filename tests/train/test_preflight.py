@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import random
-import re
 import sys
 import tempfile
 from collections.abc import Callable
@@ -44,9 +43,9 @@ def conversations(folder: Path, rows: list[list[tuple[str, str]]], **extra: Any)
     return {"task": "chat", "data": {"train": str(path), "test": str(path), "messages": "messages"}}
 
 
-def changed(folder: Path, change: Callable[[dict[str, torch.Tensor]], None]) -> Path:
+def changed(folder: Path, change: Callable[[dict[str, torch.Tensor]], None], *, template: str | None = None) -> Path:
     """The tiny model with other numbers in its weights' file."""
-    tiny_model(folder)
+    tiny_model(folder, template=template)
     weights = load_file(folder / "model.safetensors")
     change(weights)
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
@@ -177,7 +176,7 @@ def cannot_end(prepare: Prepare, folder: Path) -> Run:
 
 def says_something_else(prepare: Prepare, folder: Path) -> Run:
     """Answers that spell the token which ends an answer."""
-    rows = [[("user", word), ("assistant", f"{word}<|eos|>{word}")] for word in ("good", "poor", "kind", "dull")]
+    rows = [[("user", word), ("assistant", f"{word}<|eos|>{word}")] for word in ("good", "poor")]
     return prepare(train=FULL, **conversations(folder / "data", rows))
 
 
@@ -189,7 +188,7 @@ def does_not_stop(prepare: Prepare, folder: Path) -> Run:
         "{{- '<|sep|>' if messages[0]['role'] == 'system' else '<|eos|>' -}}"
         "{%- endif -%}{{- '\\n' -}}{%- endfor -%}{%- if add_generation_prompt -%}{{- 'assistant:\\n' -}}{%- endif -%}"
     )
-    model = tiny_model(folder / "ends", template=template)
+    model = changed(folder / "ends", spread, template=template)
     tokenizer = AutoTokenizer.from_pretrained(model)
     tokenizer.add_special_tokens({"additional_special_tokens": ["<|sep|>"]})
     tokenizer.save_pretrained(model)
@@ -288,9 +287,6 @@ def test_check_tries_in_a_process_of_its_own_and_leaves_nothing(
     monkeypatch.setattr(tempfile, "tempdir", str(temporary))
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(json.dumps(recipe_of(base, tmp_path, FULL)))
-    code, said, _ = tunewright(monkeypatch, capsys, "check", recipe, "--try")
-    assert re.search(r"^8 rows learnt by heart in \d+ steps, [\d.]+ s: loss .* -> .*, all 8 answers said", said, re.M)
-    assert code == 0
     words = ("check", recipe, "--try", "--json", "--set", "train.learning_rate=50")
     code, said, _ = tunewright(monkeypatch, capsys, *words)
     found = json.loads(said)

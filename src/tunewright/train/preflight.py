@@ -425,8 +425,6 @@ class Learner:
         trainer.remove_callback(PrinterCallback)
         trainer.train()
         self.model.zero_grad()
-        del trainer
-        gc.collect()  # its optimizer's state, before the next one's
 
     def _begin_again(self) -> None:
         with torch.no_grad():
