@@ -229,6 +229,16 @@ def test_what_is_broken_is_named(prepare: Prepare, tmp_path: Path, code: str) ->
 # --- before a run ---
 
 
+def test_classes_are_trained_all_the_same_where_only_the_end_cannot_be_said(
+    prepare: Prepare, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    run = cannot_end(prepare, tmp_path)
+    monkeypatch.setattr(preflight, "_wanted", lambda run, asked: True)
+    preflight.before(run)
+    assert "going on all the same" in capfd.readouterr().err
+    assert json.loads(run.preflight_file.read_text())["code"] == "cannot_end"
+
+
 def test_a_broken_set_up_ends_a_run_before_its_first_step(prepare: Prepare) -> None:
     run = prepare(train={"method": "full", "learning_rate": 50.0, "preflight": "always"})
     with pytest.raises(RecipeError, match=r"^preflight: explodes: at train\.learning_rate 50 the loss went from"):
