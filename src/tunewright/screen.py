@@ -120,6 +120,8 @@ def outcome(result: Outcome) -> None:
         for other in report["comparisons"]:
             if other["baseline"] != report["comparison"]["baseline"]:
                 err.print(f"  {summary.sentence(other)}", markup=False)
+        for line in summary.noted(report):
+            err.print(f"  {line}", markup=False)
         err.print(f"report: {run.report_page}", markup=False)
     if run.status("deploy") == "done":
         endpoint = run.manifest("deploy")

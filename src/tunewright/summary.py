@@ -7,6 +7,9 @@ from typing import Any
 
 from tunewright.run import STAGES, Run, write_text
 
+WORSE = 5
+"""Slices that got worse, as many as are named."""
+
 
 def facts(run: Run) -> dict[str, Any]:
     """What a program wants to know about a run."""
@@ -60,6 +63,19 @@ def sentence(comparison: dict[str, Any], rows: int | None = None) -> str:
     )
 
 
+def noted(report: dict[str, Any]) -> list[str]:
+    """What a person should know beside the verdict, a line each: leaked rows, and slices that got worse."""
+    found = []
+    if leaks := report.get("without_leaked"):
+        found.append(f"without {leaks['leaked']} test rows that training has seen: {sentence(leaks, leaks['rows'])}")
+    worse = [one for one in report.get("slices") or [] if one["verdict"] == "not better"]
+    if worse:
+        named = ", ".join(f"{one['by']} {one['value']} ({number(one['difference'], '+.3f')})" for one in worse[:WORSE])
+        more = f" and {len(worse) - WORSE} more" if len(worse) > WORSE else ""
+        found.append(f"worse where: {named}{more}")
+    return found
+
+
 def _p(value: float | None) -> str:
     return "p < 1e-16" if value is not None and value < 1e-16 else f"p = {number(value, '.2g')}"
 
@@ -92,7 +108,9 @@ def write_readme(run: Run) -> None:
         ]
         lines.append("")
     if "comparison" in known:
-        lines += ["## Result", "", f"**{sentence(known['comparison'])}**", "", "See evaluate/report.html.", ""]
+        lines += ["## Result", "", f"**{sentence(known['comparison'])}**", ""]
+        lines += [f"- {line}" for line in noted(run.manifest("evaluate"))]
+        lines += ["", "See evaluate/report.html.", ""]
     if "endpoint" in known:
         endpoint = known["endpoint"]
         lines += [

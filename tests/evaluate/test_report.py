@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import sample_reports as samples
 
+from tunewright import summary
 from tunewright.curves import plot_loss
 from tunewright.evaluate.report import render_html, render_markdown
 
@@ -499,6 +500,13 @@ def test_the_difference_without_leaked_rows_is_said() -> None:
     said = Page(render_html(samples.binary())).text("section", class_="verdict better")
     assert "12 test rows say, exactly or nearly, what a training row says." in said
     assert "Without them the difference is +0.370 (+0.320 to +0.420): better." in said
+
+
+def test_the_command_line_names_leaks_and_what_got_worse() -> None:
+    leaks, worse = summary.noted(samples.binary())
+    assert leaks.startswith("without 12 test rows that training has seen: better: accuracy 0.900 against base's 0.530")
+    assert worse == "worse where: label positive (-0.104)"
+    assert summary.noted(samples.no_evidence()) == []
 
 
 def test_rows_that_matter_are_shown_with_the_command_that_drops_them() -> None:
