@@ -288,6 +288,17 @@ def test_files_of_one_name_stay_two_and_all_that_a_run_reads_is_sent(
         (adapter / name).write_text("{}")
     asked = recipe(home, tmp_path, data={"train": str(tmp_path / "*" / "rows.jsonl")})
     asked = asked.model_copy(update={"train": asked.train.model_copy(update={"adapter": str(adapter)})})
+    (tmp_path / "list.jsonl").write_text('{"sha256": "a"}\n')
+    earlier = prepared / "earlier-1"
+    for name in ("state.json", "recipe.yaml", "data/test.jsonl", "data/checks.json", "evaluate/predictions.parquet"):
+        (earlier / name).parent.mkdir(parents=True, exist_ok=True)
+        (earlier / name).write_text('{"format": 1}')
+    asked = asked.model_copy(
+        update={
+            "data": asked.data.model_copy(update={"without": str(tmp_path / "list.jsonl")}),
+            "evaluate": asked.evaluate.model_copy(update={"against": str(earlier)}),
+        }
+    )
     run = begun(home, tmp_path)
     life.advance(run, until="plan")
     run.recipe_file.write_text(recipes.dump(asked))
@@ -302,6 +313,11 @@ def test_files_of_one_name_stay_two_and_all_that_a_run_reads_is_sent(
         row.rstrip() for row in rows.values()
     )
     assert (local(str(sent.train.adapter)) / "adapter_model.safetensors").is_file()
+    assert str(sent.data.without).startswith("/Volumes/")
+    assert str(sent.evaluate.against).startswith("/Volumes/")
+    assert local(str(sent.data.without)).read_text() == '{"sha256": "a"}\n'
+    assert Path(str(sent.evaluate.against)).name == "earlier-1"
+    assert (local(str(sent.evaluate.against)) / "evaluate/predictions.parquet").is_file()
     base_there = local(json.loads((there / "resolved.json").read_text())["model"]["source"])
     assert (base_there / "model.safetensors").read_bytes() == (home / "model" / "model.safetensors").read_bytes()
     before = [call for call in workspace.calls if call.startswith("PUT /api/2.0/fs/files") and "/inputs/" in call]

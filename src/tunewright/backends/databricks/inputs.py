@@ -15,6 +15,7 @@ from tunewright import models, shipping
 from tunewright.backends.databricks.volume import Volume
 from tunewright.data import sources
 from tunewright.recipe import Recipe
+from tunewright.run import Run
 
 SPLITS = ("train", "test", "validation")
 BLOCK = 2**20
@@ -34,12 +35,17 @@ class Inputs:
     def moved(self, recipe: Recipe, resolved: dict[str, Any]) -> tuple[Recipe, dict[str, Any]]:
         """The recipe and what was resolved as they are over there: files of this machine are sent and named by their
         place, hub names, tables and what ships with Tunewright stay as they are."""
-        data = {
+        data: dict[str, Any] = {
             split: tuple(place for source in given for place in self._source(source, f"data.{split}"))
             for split in SPLITS
             if (given := getattr(recipe.data, split)) is not None
         }
+        if recipe.data.without is not None:
+            data["without"] = self._file(Path(recipe.data.without))
         update: dict[str, Any] = {"data": recipe.data.model_copy(update=data)}
+        if recipe.evaluate.against is not None:
+            there = self._run(Run.open(recipe.evaluate.against))
+            update["evaluate"] = recipe.evaluate.model_copy(update={"against": there})
         if recipe.train.adapter is not None:
             adapter = self._folder(models.find_adapter(recipe.train.adapter))
             update["train"] = recipe.train.model_copy(update={"adapter": adapter})
@@ -61,6 +67,24 @@ class Inputs:
         files = sorted(one for one in folder.iterdir() if one.is_file())
         known = json.dumps([(one.name, _digest(one)) for one in files])
         return self._sent(files, hashlib.sha256(known.encode()).hexdigest())
+
+    def _run(self, run: Run) -> str:
+        """What an earlier run is compared by: its test rows and its answers."""
+        files = [
+            one
+            for one in (
+                *(run.state_file, run.recipe_file, run.manifest_file("prepare"), run.data_file("test")),
+                run.predictions_file,
+            )
+            if one.is_file()
+        ]
+        known = json.dumps([(one.name, _digest(one)) for one in files])
+        place = f"{self.home}/inputs/{hashlib.sha256(known.encode()).hexdigest()[:16]}/{run.id}"
+        for path in files:
+            name = f"{place}/{path.relative_to(run.path).as_posix()}"
+            if self.there.get(name) != path.stat().st_size:
+                self.volume.upload(name, path)
+        return place
 
     def _sent(self, files: Sequence[Path], digest: str) -> str:
         place = f"{self.home}/inputs/{digest[:16]}"
