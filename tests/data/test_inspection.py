@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import random
+import time
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -19,6 +21,7 @@ from tunewright.chat import Example, Message, Rendering
 from tunewright.data import inspection, mend, patterns, similar
 from tunewright.data.codes import CODES
 from tunewright.data.findings import Finding
+from tunewright.errors import DataError
 from tunewright.life import Checked
 from tunewright.recipe import Recipe
 
@@ -451,3 +454,97 @@ def test_a_mended_copy_replaces_nothing(out: str, says: str, here: Path) -> None
     with pytest.raises(DataError, match=says):
         mended(asked, here / out)
     assert len((here / "train.jsonl").read_text().splitlines()) == 30
+
+
+def test_rows_that_differ_in_calls_weights_or_the_graders_columns_are_no_duplicates(here: Path) -> None:
+    tools = [{"type": "function", "function": {"name": "look", "parameters": {"type": "object", "properties": {}}}}]
+
+    def calling(word: str) -> dict[str, Any]:
+        call = {"id": "c", "type": "function", "function": {"name": "look", "arguments": json.dumps({"for": word})}}
+        said = [
+            {"role": "user", "content": "Where is it?"},
+            {"role": "assistant", "content": None, "tool_calls": [call]},
+            {"role": "tool", "tool_call_id": "c", "content": "found"},
+            {"role": "assistant", "content": "On its way."},
+        ]
+        return {"messages": said, "tools": tools}
+
+    def weighing(weight: int) -> dict[str, Any]:
+        first = [{"role": "user", "content": "Hi!"}, {"role": "assistant", "content": "Hello!", "weight": weight}]
+        return {"messages": [*first, {"role": "user", "content": "Bye!"}, {"role": "assistant", "content": "Bye!"}]}
+
+    rows = [calling("a parcel"), calling("a letter"), weighing(0), weighing(1), weighing(0)]
+    asked = recipe(here, "chat", [*rows, *CHAT[:20]], CHAT[20:])
+    assert at(found(life.check(asked)), "duplicate") == ["train.jsonl:5"]
+    assert mended(asked, here / "out.jsonl").rows == {"train": 24}
+    drawn = [{"prompt": "Say a number.", "want": want} for want in ("1", "2", "1")]
+    checker = inspection.Inspector(asked.model_copy(update={"task": "reward"}), *equipped())
+    for number, one in enumerate(drawn, start=1):
+        row = Example(f"train.jsonl:{number}", f"train.jsonl:{number}", (Message("user", one["prompt"]),), item=one)
+        checker.add("train", row, Rendering([1, 2], [False, True]))
+    told = list(checker.finish({"train": {"source": ["train.jsonl"], "used": 3}}))
+    assert at(told, "duplicate") == ["train.jsonl:3"]
+    assert [one.message for one in told if one.code == "several_answers"] == [
+        "the same prompt as train.jsonl:1, with other columns for the grader"
+    ]
+
+
+def equipped() -> tuple[Any, chat.Equipment]:
+    tokenizer = models.load_tokenizer(models.find("starter"))
+    return tokenizer, chat.equip(tokenizer)
+
+
+def test_every_test_row_that_is_near_training_is_named(here: Path) -> None:
+    near = text(TRAIN[0], text=TRAIN[0]["text"].replace("too small", "too tiny"))
+    seen = found(life.check(recipe(here, "classification", TRAIN, [*TEST, near, near])))
+    assert at(seen, "near_training")[-2:] == [f"test.jsonl:{len(TEST) + number}" for number in (1, 2)]
+
+
+def test_a_test_row_that_validation_holds_too_is_still_held_against_training(here: Path) -> None:
+    near = text(TRAIN[0], text=TRAIN[0]["text"].replace("too small", "too tiny"))
+    (here / "validation.jsonl").write_bytes(line(near) + b"\n" + line(TEST[0]) + b"\n")
+    asked = recipe(here, "classification", TRAIN, [*TEST[1:], near], validation=str(here / "validation.jsonl"))
+    assert f"test.jsonl:{len(TEST)}" in at(found(life.check(asked)), "near_training")
+
+
+def test_a_telling_word_that_others_have_too_is_said_so(here: Path) -> None:
+    labels = sorted({row["label"] for row in TRAIN})
+    rows = [text(row, text=f"zzyx {row['text']}") if row["label"] == labels[0] else row for row in TRAIN]
+    rows = [{"text": f"{row['text']} {number}", "label": row["label"]} for number in range(5) for row in rows]
+    other = next(number for number, row in enumerate(rows) if row["label"] == labels[1])
+    rows[other] = text(rows[other], text=f"zzyx {rows[other]['text']}")
+    (told,) = (one for one in found(life.check(recipe(here, "classification", rows))) if one.code == "telling_word")
+    assert told.message.endswith("and in 1 of all others")
+
+
+@pytest.mark.parametrize(
+    "said",
+    ["a." * 50_000 + " x@", "x@ " + "a-" * 50_000, "secret:" * 14_000, "%20" * 33_000 + " @", "://a:" + "a." * 50_000],
+)
+def test_a_long_text_is_looked_through_at_once(said: str) -> None:
+    began = time.monotonic()
+    assert not list(patterns.found(said))
+    assert time.monotonic() - began < 3  # these took ten seconds and more
+
+
+def test_a_table_holds_only_what_can_be_read_from_it(here: Path) -> None:
+    with pytest.raises(DataError, match=r"out.csv: column 'messages' holds a list, which no cell can; write .jsonl"):
+        mended(recipe(here, "chat", CHAT[:30], CHAT[30:40]), here / "out.csv")
+    assert not (here / "out.csv").exists()
+    rows = [{"text": row["text"], "label": number % 2 == 0} for number, row in enumerate(TRAIN[:60])]
+    mended(recipe(here, "classification", rows[:50], rows[50:]), here / "yes.csv")
+    assert {row["label"] for row in csv.DictReader((here / "yes.csv").read_text().splitlines())} == {"true", "false"}
+
+
+def test_a_mended_copy_of_a_part_is_of_the_whole_file(here: Path) -> None:
+    rows = [*TRAIN[:60], text(TRAIN[60], text=""), TRAIN[3]]
+    done = mended(recipe(here, "classification", rows, TEST, limit={"train": 20}), here / "out.jsonl")
+    assert done.rows["train"] == 60
+
+
+def test_a_duplicates_place_is_named_where_the_files_name_has_spaces(here: Path) -> None:
+    asked = recipe(here, "classification", [*TRAIN[:60], TRAIN[3]], TEST)
+    (here / "train.jsonl").rename(here / "my rows.jsonl")
+    data = asked.data.model_copy(update={"train": (str(here / "my rows.jsonl"),)})
+    done = mended(asked.model_copy(update={"data": data}), here / "out.jsonl")
+    assert [one.why for one in done.changes] == ["duplicate: the same row as my rows.jsonl:4"]

@@ -83,7 +83,7 @@ class Inspector:
             self._say((split, "rows"), code, severity, example.source, message, split, asked if shown else "")
         # A prompt that was cut down to nothing is compared with none.
         text = hashed(prompt if asked.strip() else example.source)
-        said = hashed(f"{answer}\0{example.rejected or ''}")
+        said = hashed(f"{answer}\0{example.rejected or ''}{_besides(example)}")
         known = self.known[split == "test"]
         if text not in known:
             known[text] = self.similar.add(asked if asked.strip() else example.source, held_out=split == "test")
@@ -175,6 +175,8 @@ class Inspector:
                 "contradiction": f"the same text as {rows.where[other]}, with another label",
                 "several_answers": f"the same prompt as {rows.where[other]}, with another answer",
             }[code if labelled or code == "duplicate" else "several_answers"]
+            if self.recipe.task == "reward" and code != "duplicate":
+                message = f"the same prompt as {rows.where[other]}, with other columns for the grader"
             self._say("among", code, severity, rows.where[row], message, name, self._text(row))
 
     def _of_group(self, group: list[int], split: Any, said: Any) -> Iterator[tuple[int, str, str, int]]:
@@ -195,21 +197,29 @@ class Inspector:
 
     def _near(self) -> None:
         """Texts that nearly are others. Those of test rows that are training texts are `seen_in_training` already."""
-        _, first = np.unique(np.array(self.rows.number, dtype=np.int64), return_index=True)
+        numbers = np.array(self.rows.number, dtype=np.int64)
+        order = np.argsort(numbers, kind="stable")
+        first = np.searchsorted(numbers[order], np.arange(len(self.similar) + 1))
+        split_of, text_of, _ = self.rows.arrays()
+        trained = np.isin(text_of, text_of[split_of == SPLITS.index("train")])
         for pair in self.similar.pairs():
-            row, other = int(first[pair.text]), int(first[pair.near])
-            split, near = SPLITS[self.rows.split[row]], SPLITS[self.rows.split[other]]
+            other = int(order[first[pair.near]])
+            near = SPLITS[self.rows.split[other]]
+            rows = order[first[pair.text] : first[pair.text + 1]].tolist()
+            row, *again = rows
+            split = SPLITS[self.rows.split[row]]
             if self.similar.held_out[pair.text]:
-                if self.rows.text[row] in self.known[False]:
+                if trained[row]:
                     continue
                 code, severity = "near_training", "warning"
             else:
-                code, severity = "near_duplicate", "info"
+                code, severity, again = "near_duplicate", "info", []  # the others are duplicates already
             text = f"{self.similar.text(pair.text)[: EXCERPT // 2]} | {self.similar.text(pair.near)[: EXCERPT // 2]}"
             if any(patterns.found(text)):
                 text = ""
             message = f"{pair.similarity:.0%} the text of {self.rows.where[other]} ({near})"
-            self._say("near", code, severity, self.rows.where[row], message, split, text)
+            for one in (row, *again):
+                self._say("near", code, severity, self.rows.where[one], message, split, text)
 
     def _of_whole(self, splits: dict[str, dict[str, Any]]) -> Iterator[tuple[str, str, str, str, str]]:
         """Code, severity, where, a sentence, split."""
@@ -276,7 +286,9 @@ class Inspector:
                 continue
             for word, count in counts.most_common(3):
                 if count >= least_share * rows and count >= least_told * everywhere[word]:
-                    said = f"{word!r} stands in {count} of {rows} rows of {label!r}, and in no other label's"
+                    rest = everywhere[word] - count
+                    others = f"in {rest} of all others" if rest else "in no other label's"
+                    said = f"{word!r} stands in {count} of {rows} rows of {label!r}, and {others}"
                     yield "telling_word", "warning", where, said, "train"
 
     def _of_answers(self, where: dict[str, str]) -> Iterator[tuple[str, str, str, str, str]]:
@@ -333,6 +345,17 @@ def _asked(example: Example) -> str:
     """What is compared of a conversation: all before the answer but a system message, which many rows share."""
     asked = [one.content for one in example.prompt if one.role not in ("system", "developer")]
     return "\n".join(asked)
+
+
+def _besides(example: Example) -> str:
+    """What two rows of the same prompt and answer may still differ in, and a model learn from; mostly nothing."""
+    earlier = [
+        (place, message.weight, [(call.name, call.arguments) for call in message.tool_calls])
+        for place, message in enumerate(example.prompt)
+        if message.tool_calls or not message.weight
+    ]
+    told = [one for one in (earlier, example.tools, example.item) if one]
+    return json.dumps(told, sort_keys=True, default=str) if told else ""
 
 
 def _tells(label: str, text: str) -> bool:

@@ -9,6 +9,7 @@ duplicates, secrets, over-long rows.
 from __future__ import annotations
 
 import csv
+import io
 import json
 import shutil
 import tempfile
@@ -23,11 +24,13 @@ from tunewright.data.inspection import Inspector
 from tunewright.data.sources import Broken, Row
 from tunewright.errors import DataError
 from tunewright.models import ModelRef
-from tunewright.recipe import Recipe
+from tunewright.recipe import Limit, Recipe
 from tunewright.run import replacing
 
 LEGACY = "cp1252"
 FORMS = (".jsonl", ".csv", ".tsv")
+SAME_ROW = "the same row as "
+"""How the message of a duplicate begins."""
 LEFT_OUT = (
     *("broken_json", "broken_csv", "wrong_columns", "not_an_object", "half_character", "missing_column", "wrong_type"),
     *("empty_text", "empty_label", "empty_prompt", "empty_answer", "messages", "tools", "prompts_differ"),
@@ -72,7 +75,8 @@ def mend(recipe: Recipe, ref: ModelRef, tokenizer: Any, equipment: Equipment, ou
     done = Mended()
     with tempfile.TemporaryDirectory() as folder:
         copies, original = _copied(recipe, Path(folder), done)
-        data = recipe.data.model_copy(update={**copies, "bad_rows": "skip"})
+        update = {**copies, "bad_rows": "skip", "limit": Limit(), "without": None}  # the copy has all rows
+        data = recipe.data.model_copy(update=update)
         copied = recipe.model_copy(update={"data": data})
         inspector = Inspector(copied, tokenizer, equipment)
         found = prepare.assemble(copied, ref, tokenizer, equipment, look=inspector.add)
@@ -83,7 +87,7 @@ def mend(recipe: Recipe, ref: ModelRef, tokenizer: Any, equipment: Equipment, ou
             kept = _kept(rows, shape, reasons, original, done)
             done.rows[split] = _write(path, kept)
             if not done.rows[split]:
-                path.unlink()
+                path.unlink(missing_ok=True)
                 raise DataError(f"data.{split}: no row is left once the broken ones are left out")
             done.files.append(str(path))
     with replacing(_beside(out)) as log:
@@ -160,8 +164,8 @@ def _reasons(found: prepare.Assembled, inspector: Inspector, original: Callable[
     reasons = {one.where: f"{one.code}: {one.message}" for one in found.findings if one.code in LEFT_OUT}
     for one in inspector.finish(found.splits):
         if one.code == "duplicate":
-            name, _, place = one.message.rpartition(" ")
-            reasons[one.where] = f"duplicate: {name} {original(place)}"
+            said, place = one.message[: len(SAME_ROW)], one.message[len(SAME_ROW) :]
+            reasons[one.where] = f"duplicate: {said}{original(place)}"
     for where in inspector.trained_and_tested():
         reasons[where] = "seen_in_training: the text is a test row's"
     return reasons
@@ -229,15 +233,25 @@ def _write(path: Path, rows: Iterator[dict[str, Any]]) -> int:
                 file.write((json.dumps(fields, ensure_ascii=False, default=str) + "\n").encode())
                 count += 1
         return count
-    with path.open("w", encoding="utf-8", newline="") as text:
+    with replacing(path) as file:
+        text = io.TextIOWrapper(file, encoding="utf-8", newline="")
         writer: Any = None
         for fields in rows:
             if writer is None:
                 writer = csv.DictWriter(text, list(fields), delimiter="\t" if path.suffix.lower() == ".tsv" else ",")
                 writer.writeheader()
+            cells = {key: _cell(path, key, value) for key, value in fields.items()}
             try:
-                writer.writerow(fields)
+                writer.writerow(cells)
             except ValueError as error:
                 raise DataError(f"{path}: a row has other columns than the first ({error}); write .jsonl") from None
             count += 1
+        text.detach()
     return count
+
+
+def _cell(path: Path, column: str, value: Any) -> Any:
+    """A value as a table's cell from which it is read as what it was."""
+    if isinstance(value, list | dict):
+        raise DataError(f"{path}: column {column!r} holds {sources.kind(value)}, which no cell can; write .jsonl")
+    return json.dumps(value) if isinstance(value, bool) else value

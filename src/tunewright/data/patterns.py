@@ -84,13 +84,13 @@ FORMS = (
     _secret("a Hugging Face token", r"\bhf_[A-Za-z0-9]{30,}"),
     _secret("a Databricks token", r"\bdapi[a-f0-9]{32}\b"),
     _secret("a JSON web token", r"\beyJ[A-Za-z0-9_-]{10,}\.eyJ[A-Za-z0-9_-]{10,}\.[A-Za-z0-9_-]{10,}"),
-    _secret("a URL with a password", r"\b[a-z][a-z0-9+.-]*://[^\s/:@]+:[^\s/@]{3,}@"),
+    _secret("a URL with a password", r"\b[a-z][a-z0-9+.-]{0,30}://[^\s/:@]{1,200}:[^\s/@]{3,200}@"),
     _secret(
         "a password or key that is given a value",
         r"(?i)\b(?:password|passwd|secret|api[ _-]?key|access[ _-]?token)\b[\"']?\s*[:=]\s*[\"']?"
-        r"(?=[^\s\"']*\d)(?=[^\s\"']*[a-z])[^\s\"',;]{8,}",
+        r"(?=[^\s\"']{0,200}\d)(?=[^\s\"']{0,200}[a-z])[^\s\"',;]{8,200}",
     ),
-    _personal("an e-mail address", r"\b[A-Za-z0-9._%+-]+@(?:[A-Za-z0-9-]+\.)+[A-Za-z]{2,24}\b"),
+    _personal("an e-mail address", r"\b[A-Za-z0-9._%+-]{1,64}@(?:[A-Za-z0-9-]{1,63}\.){1,9}[A-Za-z]{2,24}\b"),
     _personal(
         "a payment card's number",
         r"(?<![\d-])(?:\d{13,19}|\d{4}([ -])\d{4}\1\d{4}\1\d{1,7}|\d{4}([ -])\d{6}\2\d{5})(?![\d-])",
