@@ -314,3 +314,31 @@ def test_a_column_that_the_test_rows_lack_is_refused(given_run: tuple[Path, Path
     recipe = recipes.load(given_run[0], ["evaluate.slices=[shops]"])
     problems = life.check(life.located(recipe, tmp_path)).errors
     assert "evaluate.slices: no column 'shops' in the test rows; did you mean 'shop'?" in problems[0].message
+
+
+def test_a_column_that_only_some_test_rows_have_is_known(given_run: tuple[Path, Path], tmp_path: Path) -> None:
+    rows = [json.loads(line) for line in (given_run[0].parent / "test.jsonl").read_text().splitlines()]
+    del rows[0]["shop"]
+    (tmp_path / "test.jsonl").write_text("".join(json.dumps(one) + "\n" for one in rows))
+    recipe = recipes.load(given_run[0], [f"data.test={tmp_path / 'test.jsonl'}"])
+    assert not life.check(life.located(recipe, tmp_path)).errors
+
+
+def test_a_list_may_hold_what_ends_a_line_elsewhere(tmp_path: Path) -> None:
+    line = json.dumps({"sha256": "a", "text": "one\u2028two\x85three"}, ensure_ascii=False)
+    (tmp_path / "list.jsonl").write_text(line + "\r\n" + line.replace('"a"', '"b"'), encoding="utf-8")
+    assert prepare.unwanted(str(tmp_path / "list.jsonl")) == {"a", "b"}
+
+
+def test_rows_that_are_there_twice_do_not_hide_those_that_are_not(given_run: tuple[Path, Path], tmp_path: Path) -> None:
+    lines = (given_run[0].parent / "train.jsonl").read_text().splitlines()
+    (tmp_path / "train.jsonl").write_text("\n".join([*lines, lines[0], lines[0]]) + "\n")
+    first = prepare.examples(Run.open(given_run[1]), "train")[0].sha256()
+    (tmp_path / "list.jsonl").write_text("".join(json.dumps({"sha256": one}) + "\n" for one in (first, "b", "c")))
+    sets = [f"data.train={tmp_path / 'train.jsonl'}", f"data.without={tmp_path / 'list.jsonl'}"]
+    data = life.check(life.located(recipes.load(given_run[0], sets), tmp_path)).data
+    assert data is not None
+    assert sum(one.code == "asked_out" for one in data.findings) == 3
+    assert [one.message for one in data.findings if one.code == "not_found"] == [
+        "data.without names 3 rows, and 1 of them are here"
+    ]

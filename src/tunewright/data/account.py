@@ -33,6 +33,8 @@ class Kept:
         self.answers: Counter[int] = Counter()
         """Length in tokens (all, and those that are learnt) -> rows of it."""
         self.labels: Counter[str | None] = Counter()
+        self.left_out: Counter[str] = Counter()
+        """Rows that the recipe leaves out, by the sha256 of what they say."""
         self.digest = hashlib.sha256()
         self.digests: bytearray | None = None
         """Each row's own, where a part keeps them for the whole."""
@@ -50,7 +52,7 @@ class Kept:
 
     def counts(self) -> dict[str, Any]:
         """What a part counted, for `merge`."""
-        names = ("rejected", "truncated", "tokens_cut", "used", "totals", "answers", "labels")
+        names = ("rejected", "truncated", "tokens_cut", "used", "totals", "answers", "labels", "left_out")
         return {name: getattr(self, name) for name in names}
 
     def merge(self, counts: dict[str, Any]) -> None:

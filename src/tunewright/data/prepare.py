@@ -125,7 +125,7 @@ def assemble(
             result.labels = _labels(recipe, table, shape)
             limits = label_limits(result.labels, ref, tokenizer, equipment, max_length)
         if split == "test":
-            shapes.check_slices(recipe, shape)
+            shapes.check_slices(recipe, table.rows)
         rules = Rules(
             recipe,
             split,
@@ -201,7 +201,7 @@ def unwanted(source: str | None) -> frozenset[str]:
     if not path.is_file():
         raise DataError(f"data.without: no file {path}; name a list such as evaluate/suspects.jsonl of a run")
     found = set()
-    for number, line in enumerate(path.read_text(encoding="utf-8", errors="replace").splitlines(), start=1):
+    for number, line in enumerate(path.read_text(encoding="utf-8", errors="replace").split("\n"), start=1):
         try:
             digest = json.loads(line)["sha256"] if line.strip() else None
         except (ValueError, KeyError, TypeError):
@@ -258,9 +258,9 @@ def close_split(
     """
     split = rules.split
     if rules.unwanted:
-        left = sum(count for (_, code, _), count in result.findings.counts.items() if code == "asked_out")
-        if left < len(rules.unwanted):
-            said = f"data.without names {len(rules.unwanted)} rows, and {left} of these here are among them"
+        there = len(kept.left_out)
+        if there < len(rules.unwanted):
+            said = f"data.without names {len(rules.unwanted)} rows, and {there} of them are here"
             where = str(rules.recipe.data.without)
             result.findings.add((split, "fit"), Finding("not_found", "warning", where, said, split))
     account = {"source": [sources.displayed(name) for name in table.names], "read": len(table.rows)}
@@ -559,7 +559,8 @@ class _Judge:
             return None
         assert isinstance(made, Clipped)
         assert made.example is not None
-        if self.rules.unwanted and made.example.sha256() in self.rules.unwanted:
+        if self.rules.unwanted and (digest := made.example.sha256()) in self.rules.unwanted:
+            self.kept.left_out[digest] += 1
             self.leave_out("fit", "asked_out", "info", example.source, "left out, as data.without asks")
             return None
         if example.text is None and made.length > limit:

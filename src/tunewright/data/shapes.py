@@ -12,7 +12,7 @@ from typing import Any
 from tunewright import chat, expressions
 from tunewright.chat import Example, Message, ToolCall
 from tunewright.data import sources
-from tunewright.data.sources import Row
+from tunewright.data.sources import Broken, Row
 from tunewright.errors import DataError
 from tunewright.recipe import SHAPES, Recipe, item_places
 
@@ -63,18 +63,25 @@ def recognise(recipe: Recipe, rows: Iterable[Row], classes: Sequence[str] | None
     return None
 
 
-def check_slices(recipe: Recipe, shape: Shape | None) -> None:
-    """Refuse a column to slice the verdict by that the test rows do not have.
+def check_slices(recipe: Recipe, rows: Iterable[Row | Broken]) -> None:
+    """Refuse a column to slice the verdict by that the first test rows do not have, none of them.
 
     Raises:
         DataError: naming it, and those that there are.
     """
-    for column in recipe.evaluate.slices if shape is not None and shape.first is not None else ():
-        assert shape is not None
-        assert shape.first is not None
-        if column not in shape.first.fields:
-            hint = nearest(column, list(shape.first.fields))
-            raise DataError(f"{shape.first.where}: evaluate.slices: no column {column!r} in the test rows; {hint}")
+    missing = set(recipe.evaluate.slices)
+    known: dict[str, None] = {}
+    where = None
+    for row in itertools.islice((row for row in rows if isinstance(row, Row)), LOOKED_AT) if missing else ():
+        where = where or row.where
+        known |= dict.fromkeys(row.fields)
+        missing -= known.keys()
+        if not missing:
+            return
+    if where is not None and missing:
+        column = next(one for one in recipe.evaluate.slices if one in missing)
+        hint = nearest(column, list(known))
+        raise DataError(f"{where}: evaluate.slices: no column {column!r} in the test rows; {hint}")
 
 
 def nearest(word: str, known: Sequence[str]) -> str:

@@ -96,7 +96,7 @@ class _Preparation:
                     result.labels = self._labels(rows, shape, split)
                 limits = preparing.label_limits(result.labels, self.ref, self.tokenizer, self.equipment, max_length)
             if name == "test":
-                shapes.check_slices(recipe, shape)
+                shapes.check_slices(recipe, self._head(split, rows))
             unwanted = preparing.unwanted(recipe.data.without if name == "train" else None)
             rules = Rules(recipe, name, result.labels, limits, max_length, unwanted)
             kept = Kept(max_length if recipe.task == "pretraining" else None)
