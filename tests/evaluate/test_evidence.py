@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import random
+import shutil
+import tracemalloc
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pytest
+import sample_reports
 import torch
 import yaml
 from hypothesis import given
@@ -23,9 +28,10 @@ from tunewright import recipe as recipes
 from tunewright.chat import Example, Message
 from tunewright.data import prepare
 from tunewright.errors import DataError, RunError
-from tunewright.evaluate import compare, influence, slices, suspects
+from tunewright.evaluate import compare, influence, measure, report, slices, suspects
 from tunewright.run import Run
 from tunewright.testing import tiny_model
+from tunewright.tracking import Tracker
 
 SHARED = Path(os.environ.get("TUNEWRIGHT_SHARED", Path(__file__).parents[3] / "shared"))
 WORDS = {"good": ("lovely", "great", "kind", "sweet"), "bad": ("awful", "poor", "rude", "sour")}
@@ -139,6 +145,37 @@ def test_corrected_values_keep_the_order_and_never_fall(p_values: list[float]) -
     assert corrected[order[0]] == min(1.0, len(p_values) * p_values[order[0]])
 
 
+def test_slices_of_a_loss_show_the_loss_itself() -> None:
+    loss, before = np.full(20, 1.5), np.full(20, 2.5)
+    parts = [("shop", "a", np.arange(20))]
+    (told,) = slices.judge(parts, -loss, -before, binary=False, resamples=200, seed=1, sign=-1)
+    assert (told["tuned"], told["baseline_value"], told["difference"]) == (1.5, 2.5, 1.0)
+
+
+@pytest.mark.parametrize("lost", [math.nan, None])
+def test_slices_of_a_model_that_diverged_do_not_stop_the_report(lost: float | None) -> None:
+    parts = [("shop", "a", np.arange(20)), ("shop", "b", np.arange(20, 40))]
+    scores = np.concatenate([np.full(20, np.nan), np.arange(20.0)])
+    told = slices.judge(parts, scores, np.zeros(40), binary=False, resamples=200, seed=1)
+    for value in told[0].keys() & {"tuned", "difference"}:
+        told[0][value] = lost
+    page = report.render_html(sample_reports.pretraining() | {"slices": told, "slices_of": "loss"})
+    assert "not a number" in page
+    for one in told:
+        one |= {"tuned": lost, "difference": lost, "interval": [lost, lost]}
+    report.render_html(sample_reports.pretraining() | {"slices": told, "slices_of": "loss"})
+
+
+def test_a_column_with_one_long_text_takes_no_more_memory_than_it_has() -> None:
+    test = [row("x", "good", number, page="y" * 40_000 if number == 0 else "z") for number in range(2000)]
+    tracemalloc.start()
+    found = slices.slices(test, [1] * 2000)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert [len(rows) for by, _, rows in found if by == "page"] == [1999, 1]
+    assert peak < 10_000_000
+
+
 # --- labels that look wrong ---
 
 
@@ -196,6 +233,35 @@ def test_a_rows_own_gradient_is_nearest_to_it_and_the_other_answers_points_away(
         assert found[place] @ found[place + 1 if place < 3 else 0] > found[place] @ found[8 + place]
     alone = influence.sketches(model, renderings[3:4], equipment.pad_id)
     assert alone[0] == pytest.approx(found[3], abs=1e-4)  # the rows of a batch do not touch one another
+
+
+def test_what_a_template_would_not_write_is_traced_all_the_same(tmp_path: Path) -> None:
+    tokenizer = models.load_tokenizer(models.find(str(tiny_model(tmp_path / "model"))))
+    tokenizer.chat_template = (
+        "{% for one in messages %}{{ one.role + ':\\n' + one.content.split('</think>')[-1] + eos_token + '\\n' }}"
+        "{% endfor %}{% if add_generation_prompt %}{{ 'assistant:\\n' }}{% endif %}"
+    )
+    equipment = chat.equip(tokenizer)
+    thought = Example("t:1", "t:1", (Message("user", "so?"), Message("assistant", "hm</think>yes")))
+    with pytest.raises(DataError, match="drops or changes"):
+        chat.render(tokenizer, thought.messages)
+    made = measure._as_said(tokenizer, equipment, thought)
+    assert tokenizer.decode([one for one, flag in zip(made.ids, made.mask, strict=True) if flag]).startswith(
+        "hm</think>"
+    )
+    assert made.ids[-1] == equipment.end_of_turn_id
+
+
+def test_of_a_long_row_the_answers_logits_alone_are_made(tmp_path: Path) -> None:
+    ref = models.find(str(tiny_model(tmp_path / "model")))
+    tokenizer = models.load_tokenizer(ref)
+    equipment = chat.equip(tokenizer)
+    model = models.load_model(ref)
+    seen: list[int] = []
+    model.get_output_embeddings().register_forward_hook(lambda _, given, made: seen.append(made.numel()))
+    rendering = prepare.render(tokenizer, row("a lovely day " * 20, "good"))
+    influence.sketches(model, [rendering], equipment.pad_id)
+    assert seen == [sum(rendering.mask) * model.get_output_embeddings().weight.shape[0]]
 
 
 # --- a whole run ---
@@ -342,3 +408,65 @@ def test_rows_that_are_there_twice_do_not_hide_those_that_are_not(given_run: tup
     assert [one.message for one in data.findings if one.code == "not_found"] == [
         "data.without names 3 rows, and 1 of them are here"
     ]
+
+
+def test_a_loss_that_an_api_does_not_tell_is_left_out() -> None:
+    told = sample_reports.binary()
+    assert "Final loss" in report.render_html(told)
+    untold = told["training"] | {"final_loss": None, "curve": [], "seconds": None, "tokens": None}
+    assert "Final loss" not in report.render_html(told | {"training": untold})
+
+
+# --- an earlier run ---
+
+
+def test_an_earlier_runs_rows_are_known_by_what_they_say(given_run: tuple[Path, Path]) -> None:
+    earlier = Run.open(given_run[1])
+    recipe, test = earlier.recipe(), prepare.examples(earlier, "test")
+    labels = ["bad", "good"]
+    there = measure._of_earlier(earlier, recipe, test, labels)
+    elsewhere = [replace(one, id=f"../{one.id}", source=f"../{one.source}") for one in test]
+    assert measure._of_earlier(earlier, recipe, elsewhere, labels)["prediction"] == there["prediction"]
+    edited = [replace(test[0], messages=(Message("user", "other words"), test[0].messages[-1])), *test[1:]]
+    with pytest.raises(DataError, match="other rows"):
+        measure._of_earlier(earlier, recipe, edited, labels)
+
+
+def test_an_earlier_runs_probabilities_and_classes_are_put_in_our_order(given_run: tuple[Path, Path]) -> None:
+    earlier = Run.open(given_run[1])
+    recipe, test = earlier.recipe(), prepare.examples(earlier, "test")
+    there = measure._of_earlier(earlier, recipe, test, ["bad", "good"])
+    turned = measure._of_earlier(earlier, recipe, test, ["good", "bad"])
+    assert turned["probabilities"] == pytest.approx(there["probabilities"][:, ::-1])
+    without = measure._of_earlier(earlier, recipe, test, ["good", "awful"])
+    assert set(without["prediction"]) <= {"good", measure.OTHER}
+    assert "probabilities" not in without
+
+
+def test_an_earlier_run_of_another_task_or_that_diverged(given_run: tuple[Path, Path], tmp_path: Path) -> None:
+    shutil.copytree(given_run[1], tmp_path / "run")
+    earlier = Run.open(tmp_path / "run")
+    recipe, test = earlier.recipe(), prepare.examples(earlier, "test")
+    frame = pd.read_parquet(earlier.predictions_file)
+    frame["loss_sum"], frame["tokens"] = math.nan, 3
+    frame.to_parquet(earlier.predictions_file)
+    said = measure._of_earlier(earlier, recipe, test, ["bad", "good"])
+    assert [count for _, count in said["losses"]] == [3] * len(test)
+    by_loss = recipe.model_copy(update={"evaluate": recipe.evaluate.model_copy(update={"metric": "loss"})})
+    same, other = ({"losses": [(1.0, count)] * len(test)} for count in (3, 4))
+    assert measure._comparable(said, same, by_loss, earlier) == said
+    assert "losses" not in measure._comparable(said, other, recipe, earlier)
+    with pytest.raises(DataError, match="another tokenizer"):
+        measure._comparable(said, other, by_loss, earlier)
+    with pytest.raises(DataError, match="has task: classification"):
+        measure._of_earlier(earlier, recipe.model_copy(update={"task": "chat"}), test, None)
+
+
+def test_a_run_that_an_earlier_version_checked_is_evaluated(given_run: tuple[Path, Path], tmp_path: Path) -> None:
+    shutil.copytree(given_run[1], tmp_path / "run")
+    run = Run.open(tmp_path / "run")
+    looked = json.loads(run.inspection_file.read_text())
+    del looked["leaked"]
+    run.inspection_file.write_text(json.dumps(looked))
+    measure.evaluate(run, Tracker(run))
+    assert report_of(run.path)["without_leaked"]["leaked"] == 1  # preparation saw it too

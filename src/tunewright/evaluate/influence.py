@@ -57,12 +57,13 @@ def sketches(
                     logits = model(
                         input_ids=ids_BT.to(model.device),
                         attention_mask=real_BT.to(model.device),
+                        logits_to_keep=before_BT.to(model.device),  # a long row's whole logits may not fit
                         use_cache=False,
                     ).logits
-                owners, places = owners_K.to(model.device), places_K.to(model.device)
-                wrong_KV = logits[owners, places].float().softmax(-1)
-                wrong_KV[torch.arange(len(owners)), ids_BT.to(model.device)[owners, places + 1]] -= 1
-                states_KH = held[0][owners, places].float()
+                owners = owners_K.to(model.device)
+                wrong_KV = logits.float().softmax(-1)
+                wrong_KV[torch.arange(len(owners)), ids_BT[owners_K, places_K + 1].to(model.device)] -= 1
+                states_KH = held[0].reshape(-1, hidden).float()
                 outer_KPP = torch.einsum("kp,kq->kpq", wrong_KV @ from_V, states_KH @ from_H).flatten(1)
                 summed_BPP = torch.zeros(len(rows), PROJECTED * PROJECTED, device=model.device)
                 summed_BPP.index_add_(0, owners, outer_KPP)

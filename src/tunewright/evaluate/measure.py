@@ -12,8 +12,9 @@ from typing import Any
 import numpy as np
 
 from tunewright import chat, graders, models
-from tunewright.chat import Example, Rendering
+from tunewright.chat import Equipment, Example, Rendering
 from tunewright.data import prepare
+from tunewright.data.inspection import LEAKS
 from tunewright.data.tokens import TokenStore
 from tunewright.errors import DataError
 from tunewright.evaluate import baselines, compare, influence, metrics, report, slices, tracing
@@ -21,7 +22,7 @@ from tunewright.generate import LocalCompleter
 from tunewright.graders import Answer
 from tunewright.models import ModelRef
 from tunewright.recipe import Recipe
-from tunewright.run import Run, now, read_json, write_json, write_text
+from tunewright.run import Run, now, read_json, read_json_lines, write_json, write_text
 from tunewright.tracking import Tracker
 
 INTERVALS = {
@@ -129,7 +130,7 @@ class Asked:
             self.completer = None
             self.completer, self.name = self._load("base"), "base"
         assert self.completer is not None
-        renderings = [_last_turn(self.tokenizer, example) for example in examples]
+        renderings = [_as_said(self.tokenizer, self.equipment, example) for example in examples]
         return influence.sketches(
             self.completer.model,
             [Rendering(one.ids[: self.max_length], one.mask[: self.max_length]) for one in renderings],
@@ -148,6 +149,8 @@ class Asked:
 
 
 def _answers(run: Run, recipe: Recipe, test: Sequence[Example], labels: list[str] | None, ask: Ask) -> Answers:
+    earlier = Run.open(recipe.evaluate.against) if recipe.evaluate.against is not None else None
+    before = _of_earlier(earlier, recipe, test, labels) if earlier is not None else {}  # or refused, before any asking
     train = prepare.examples(run, "train") if recipe.task == "classification" or "few-shot" in recipe.baselines else []
     asked = ["tuned", "base", *(["few-shot"] if "few-shot" in recipe.baselines else [])]
     answers: Answers = {}
@@ -160,9 +163,8 @@ def _answers(run: Run, recipe: Recipe, test: Sequence[Example], labels: list[str
         answers[name] = ask("tuned" if name == "tuned" else "base", rows, progress)
     if recipe.task == "preference":
         _compare_with_base(answers, recipe.train.dpo.beta)
-    if recipe.evaluate.against is not None:
-        earlier = Run.open(recipe.evaluate.against)
-        answers[f"run {earlier.id}"] = _of_earlier(earlier, test, labels)
+    if earlier is not None:
+        answers[f"run {earlier.id}"] = _comparable(before, answers["tuned"], recipe, earlier)
     if labels is not None:
         if "tfidf" in recipe.baselines:
             predicted, probabilities = baselines.tfidf(train, test, labels, recipe.evaluate.seed)
@@ -172,32 +174,61 @@ def _answers(run: Run, recipe: Recipe, test: Sequence[Example], labels: list[str
     return answers
 
 
-def _of_earlier(earlier: Run, test: Sequence[Example], labels: list[str] | None) -> dict[str, Any]:
+def _of_earlier(earlier: Run, recipe: Recipe, test: Sequence[Example], labels: list[str] | None) -> dict[str, Any]:
     """What the tuned model of an earlier run answered to these rows.
 
     Raises:
-        DataError: it was tested on other rows.
+        DataError: it was tested on other rows, or has another task.
     """
     import pandas as pd
 
+    if (task := earlier.recipe().task) != recipe.task:
+        raise DataError(f"evaluate.against: {earlier.path} has task: {task}, and this run has {recipe.task}")
     frame = pd.read_parquet(earlier.predictions_file)
-    frame = frame[frame.model == "tuned"].dropna(axis="columns", how="all").set_index("id")
-    there = frame.index.is_unique and all(example.id in frame.index for example in test)
-    ids = [example.id for example in test]
-    if not there or ("label" in frame and frame.loc[ids, "label"].tolist() != [_expected(one, labels) for one in test]):
+    frame = frame[frame.model == "tuned"]
+    always = frame.columns.isin(["loss_sum", *MEANS])  # of a model that diverged no number is left
+    frame = frame.loc[:, frame.notna().any() | always].set_index("id")
+    known = {_question(example): example.id for example in prepare.examples(earlier, "test")}
+    ids = [known.get(_question(example)) for example in test]
+    if not frame.index.is_unique or not all(one in frame.index for one in ids):
         raise DataError(
             f"evaluate.against: {earlier.path} was tested on other rows than these; name a run with the same test set, "
             "or leave it out"
         )
     frame = frame.loc[ids]
     said: dict[str, Any] = {key: frame[key].tolist() for key in frame if key not in ("model", "label", "rejected")}
-    if "probabilities" in said:
-        rows = said.pop("probabilities")
-        if labels is not None and len(rows[0]) == len(labels) and all(one in labels for one in said["prediction"]):
-            said["probabilities"] = np.array([list(row) for row in rows])
+    if labels is not None:
+        theirs: list[str] = earlier.manifest("prepare")["labels"]
+        rows = said.pop("probabilities", None)
+        if rows is not None and len(rows[0]) == len(theirs) and set(theirs) == set(labels):
+            said["probabilities"] = np.array([list(row) for row in rows])[:, [theirs.index(one) for one in labels]]
+        said["prediction"] = [one if one in labels else OTHER for one in said["prediction"]]
     if "loss_sum" in said:
         said["losses"] = list(zip(said.pop("loss_sum"), map(int, said.pop("tokens")), strict=True))
     return said
+
+
+def _question(example: Example) -> str:
+    """What a test row asks and expects, wherever it stands and whatever the system message."""
+    asked = tuple(one for one in example.messages if one.role not in ("system", "developer"))
+    return replace(example, messages=asked).sha256()
+
+
+def _comparable(before: dict[str, Any], tuned: dict[str, Any], recipe: Recipe, earlier: Run) -> dict[str, Any]:
+    """An earlier run's answers, without losses that are of other tokens.
+
+    Raises:
+        DataError: the verdict is about the loss, and theirs is of other tokens.
+    """
+    counts = [[count for _, count in said.get("losses", ())] for said in (before, tuned)]
+    if counts[0] == counts[1]:
+        return before
+    if recipe.metric == "loss":
+        raise DataError(
+            f"evaluate.against: {earlier.path} has another tokenizer or template, so its loss a token cannot be "
+            "compared; leave it out, or choose another evaluate.metric"
+        )
+    return {key: values for key, values in before.items() if key != "losses"}
 
 
 def _ask(
@@ -312,6 +343,17 @@ def _last_turn(tokenizer: Any, example: Example) -> Rendering:
     return Rendering(whole.ids, [flag and place >= prompt for place, flag in enumerate(whole.mask)])
 
 
+def _as_said(tokenizer: Any, equipment: Equipment, example: Example) -> Rendering:
+    """`_last_turn`, also of an answer that the template would not write as it stands: a model says what it likes, and
+    some templates leave out reasoning, say."""
+    try:
+        return _last_turn(tokenizer, example)
+    except DataError:
+        prompt = chat.render_prompt(tokenizer, example.prompt, example.tools)
+        answer = [*chat.encode(tokenizer, example.answer), equipment.end_of_turn_id]
+        return Rendering(prompt + answer, [False] * len(prompt) + [True] * len(answer))
+
+
 def _written(completer: LocalCompleter, example: Example, turn: Rendering) -> str:
     """The answer as the model would have to write it: what it says, or a call of a tool in the template's own form."""
     if not example.messages[-1].tool_calls:
@@ -400,10 +442,15 @@ def _closer(
     binary = all(set(np.unique(one)) <= {0.0, 1.0} for one in scores)
     parts = slices.slices(test, lengths)
     found: dict[str, Any] = {
-        "slices": slices.judge(parts, *scores, binary=binary, **options),
+        "slices": slices.judge(
+            parts, *scores, binary=binary, sign=1 if compare.LARGER_IS_BETTER[metric] else -1, **options
+        ),
         "slices_of": "accuracy" if metric == "f1_macro" else metric,
     }
-    leaked = set(read_json(run.inspection_file)["leaked"]) if run.inspection_file.is_file() else set()
+    looked = read_json(run.inspection_file) if run.inspection_file.is_file() else {}
+    leaked = set(looked.get("leaked") or ())  # an earlier version did not write them down
+    # Where the rows are prepared elsewhere, `check` did not see them, or saw them under other names.
+    leaked |= {one["where"] for one in read_json_lines(run.findings_file) if one["code"] in LEAKS}
     kept = [row for row, example in enumerate(test) if example.source not in leaked]
     if not 0 < len(kept) < len(test):
         return found

@@ -412,8 +412,10 @@ def _slices(report: Report) -> dict[str, Any] | None:
     found = report.get("slices") or []
     if not found:
         return None
-    ordered = sorted(found, key=lambda one: (one["difference"], one["by"], one["value"]))
-    ends = ordered if len(ordered) <= MOST_SLICES_DRAWN else [*ordered[:8], *ordered[-4:]]
+    known = [one for one in found if _finite(one["difference"])]
+    known.sort(key=lambda one: (one["difference"], one["by"], one["value"]))
+    ordered = [*known, *(one for one in found if not _finite(one["difference"]))]
+    ends = known if len(known) <= MOST_SLICES_DRAWN else [*known[:8], *known[-4:]]
     of = NAMES.get(report["slices_of"], report["slices_of"])
     name = _the(report["comparison"]["baseline"])
     drawn = [(_short(f"{one['by']}: {_label(one['value'])}"), one["difference"], one["interval"]) for one in ends]
@@ -607,12 +609,18 @@ def _training(training: dict[str, Any]) -> dict[str, Any]:
         ("Time", None if seconds is None else _duration(seconds)),
         ("Tokens", None if tokens is None else f"{tokens:,}{speed}"),
         ("Device", training["device"]),
-        ("Final loss", _show(training["final_loss"], "loss")),
+        ("Final loss", _final(training)),
     ]
     return {
         "facts": [(name, value) for name, value in facts if value is not None],
         "curve": _curve(training["curve"], training.get("validation_curve") or [], training.get("curve_of", "loss")),
     }
+
+
+def _final(training: dict[str, Any]) -> str | None:
+    """The last loss; None where an API trained, which told none."""
+    told = training["final_loss"] is not None or training["curve"]
+    return _show(training["final_loss"], "loss") if told else None
 
 
 def _trainable(training: dict[str, Any]) -> str | None:

@@ -44,16 +44,25 @@ def slices(test: Sequence[Example], lengths: Sequence[int]) -> list[tuple[str, s
         counts = Counter(values)
         kept = [value for value, rows in counts.most_common(MOST_VALUES) if rows >= FEWEST_ROWS]
         order = sorted(kept, key=_beginning) if kind == LENGTH else kept
-        array = np.array(values, dtype=object)
-        found += [(kind, value, np.flatnonzero(array == value)) for value in order]
-        rest = np.flatnonzero(~np.isin(array.astype(str), kept))
-        if len(rest) and kept:
-            found.append((kind, REST, rest))
+        places: dict[str, list[int]] = {value: [] for value in kept}
+        rest: list[int] = []
+        for row, value in enumerate(values):
+            places.get(value, rest).append(row)
+        found += [(kind, value, np.array(places[value])) for value in order]
+        if rest and kept:
+            found.append((kind, REST, np.array(rest)))
     return found
 
 
 def judge(
-    parts: Sequence[tuple[str, str, Any]], tuned: Any, other: Any, *, binary: bool, resamples: int, seed: int
+    parts: Sequence[tuple[str, str, Any]],
+    tuned: Any,
+    other: Any,
+    *,
+    binary: bool,
+    resamples: int,
+    seed: int,
+    sign: int = 1,
 ) -> list[dict[str, Any]]:
     """Tuned against another on each slice.
 
@@ -61,6 +70,7 @@ def judge(
         tuned: each row's score, the higher the better.
         other: the same of the model that it is compared with.
         binary: each score is right (1) or wrong (0).
+        sign: -1 where the scores are a metric turned round (a loss): both models' means are given as the metric is.
     """
     found: list[dict[str, Any]] = []
     for kind, value, rows in parts:
@@ -72,8 +82,8 @@ def judge(
                 "by": kind,
                 "value": value,
                 "rows": len(rows),
-                "tuned": float(one.mean()),
-                "baseline_value": float(two.mean()),
+                "tuned": sign * float(one.mean()),
+                "baseline_value": sign * float(two.mean()),
                 "difference": float((one - two).mean()),
                 "interval": between,
                 "p_value": p_value,
