@@ -721,15 +721,14 @@ def _lengths(splits: list[dict[str, Any]]) -> list[dict[str, Any]]:
                 if count
             ]
             middle = (low + high - 1) // 2
-            spread = split["tokens"][part]
+            tallest = edges[counts.index(most)]
             drawn.append(
                 {
                     "title": f"{split['name']}: {title}",
                     "bars": bars,
                     "ticks": [(0, f"{low:,}"), (50, f"{middle:,}"), (100, f"{high - 1:,}")],
                     "most": f"{most:,}",
-                    "description": f"From {spread['min']:,} to {spread['max']:,}; the middle row has "
-                    f"{spread['median']:,.0f}, one in twenty more than {spread['p95']:,.0f}.",
+                    "description": f"From {low:,} to {high - 1:,}; most, {most:,}, have about {tallest:,}.",
                 }
             )
     return drawn
