@@ -171,6 +171,7 @@ def killed_at_step(runs: Path, command: subprocess.Popen[bytes], step: int) -> R
     return run
 
 
+@pytest.mark.slow
 def test_killing_the_command_alone_leaves_training_running_and_the_next_looks_on(
     recipe_file: Path, tmp_path: Path
 ) -> None:
@@ -189,6 +190,7 @@ def test_killing_the_command_alone_leaves_training_running_and_the_next_looks_on
     assert read_json(found[0].job_file("train"))["pid"] == pid
 
 
+@pytest.mark.slow
 def test_ctrl_c_in_training_stops_with_a_checkpoint_and_the_same_command_goes_on(
     recipe_file: Path, tmp_path: Path
 ) -> None:

@@ -31,10 +31,12 @@ def test_it_loads_and_round_trips(path: Path) -> None:
     assert recipes.loads(recipes.dump(recipe)) == recipe
 
 
-SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in ("prompt-completion", "pretraining")]
+SLOW = [
+    pytest.param(name, marks=pytest.mark.slow) for name in ("preference", "pretraining", "prompt-completion", "reward")
+]
 
 
-@pytest.mark.parametrize("name", ["chat", "preference", "reward", *SLOW])
+@pytest.mark.parametrize("name", ["chat", *SLOW])
 def test_it_runs_in_short(name: str, tmp_path: Path) -> None:
     path = next(one for one in RECIPES if one.stem == name)
     recipe = life.located(recipes.load(path, [*SHORT, "data.limit.train=8", "data.limit.test=3"]), path.parent)

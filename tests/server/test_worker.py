@@ -203,6 +203,7 @@ def test_what_is_wrong_with_a_file_comes_on_the_job(served: Running, base: str) 
             assert done.error.message in messages(client, job.id)[-1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("database", ["sqlite"], indirect=True)
 def test_a_cancelled_job_stops_and_a_paused_one_goes_on(served: Running, base: str) -> None:
     client = served.client()
@@ -401,6 +402,7 @@ def test_a_job_whose_run_another_process_holds_is_left_to_it(
     assert claim(served.server, "next", TRAINING) is not None
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("database", ["sqlite"], indirect=True)
 def test_a_database_that_is_away_fails_no_job(served: Running, base: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Neither where a step is told, nor where the job's end is written."""
