@@ -496,9 +496,17 @@ def test_golden_ids_survive_json_and_differ_from_themselves_in_nothing(make: Mak
 @pytest.mark.parametrize(
     ("old", "new", "said"),
     [
-        ("\n{{", "\n {{", r"golden conversation 1 \(assistant: 'yes'\): token 6 is ' ' here and was 'i' in training"),
-        ("<|im_end|>\n", "<|im_end|>", r"golden conversation 1 .*: token \d+ is '<\|im_start\|>' here and was '\\n'"),
-        ("assistant\n{% endif", "assistant{% endif", r"golden conversation 1 .*: token \d+ is "),
+        (
+            "\n{{",
+            "\n {{",
+            r"conversation 1, message 1 \(user: 'is it good\?'\): token 6 is \d+ ' ' here and was \d+ 'i' in training",
+        ),
+        (
+            "<|im_end|>\n",
+            "<|im_end|>",
+            r"golden conversation 1, .*: token \d+ is \d+ '<\|im_start\|>' here and was \d+ '\\n'",
+        ),
+        ("assistant\n{% endif", "assistant{% endif", r"golden conversation 1.*: token \d+ is "),
         ("{% endfor %}", "{% endfor %} ", "golden conversation 1"),
         ("{{ message['content'] }}", "{{ message['content'] if messages | length > 2 }}", "golden conversation 1: the"),
         ("{% for", "{# a note #}{% for", "chat template is not the one of training .* come out the same"),
@@ -519,12 +527,13 @@ def test_a_changed_token_is_named(make: Make, rendering: dict[str, Any]) -> None
     tokenizer = make(CHATML)
     tokenizer.add_tokens(["good"])
     (one, _) = differences(tokenizer, rendering)
-    assert one == "golden conversation 1 (assistant: 'yes'): token 12 is 'good' here and was 'g' in training"
+    said = "golden conversation 1, message 1 (user: 'is it good?'): token 12 is 306 'good' here and was 71 'g'"
+    assert one == f"{said} in training"
 
 
 def test_an_end_that_is_missing_is_named(make: Make, rendering: dict[str, Any]) -> None:
     rendering["golden"][0]["ids"].append(7)
-    assert "is '(nothing)' here and was" in differences(make(CHATML), rendering)[0]
+    assert "is (nothing) here and was" in differences(make(CHATML), rendering)[0]
 
 
 # Examples

@@ -4,6 +4,7 @@ silence."""
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -324,6 +325,30 @@ def test_golden_conversations_carry_tools(tokenizer: Any) -> None:
     assert differences(tokenizer, written) == []
     written["golden"][0]["tools"] = list(TOOLS[:1])
     assert "golden conversation 1" in differences(tokenizer, written)[0]
+
+
+@pytest.mark.parametrize("place", range(4))
+def test_a_difference_names_the_message_that_it_is_in(tokenizer: Any, place: int) -> None:
+    """Or some together with it, where the template writes one otherwise once others follow."""
+    written = json.loads(json.dumps(golden(tokenizer, equip(tokenizer), [Example("1", "a:1", TALK, tools=TOOLS)])))
+    (row,) = written["golden"]
+    assert [end for end in row["ends"] if end is not None] == sorted(end for end in row["ends"] if end is not None)
+    assert row["ends"][-1] == len(row["ids"])
+    changed = row["messages"][place]
+    if changed["content"]:
+        changed["content"] = "Xy" + changed["content"]
+    else:
+        changed["tool_calls"][0]["function"]["arguments"] = '{"city": "Xy"}'
+    (said,) = differences(tokenizer, written)
+    found = re.match(
+        r"golden conversation 1, messages? (\d)(?: to (\d))? \((\w+).*\): token \d+ is \d+ '.+' here and was \d+ '.+' "
+        "in training",
+        said,
+    )
+    assert found is not None, said
+    first, last = int(found[1]), int(found[2] or found[1])
+    assert first <= place + 1 <= last
+    assert found[3] == TALK[first - 1].role
 
 
 @given(messages=conversations(), tools=st.sampled_from([(), TOOLS]))

@@ -761,8 +761,10 @@ def test_a_template_changed_by_one_byte_is_refused_at_the_place(tmp_path: Path) 
     with pytest.raises(EndpointError) as caught:
         load(run)
     message = str(caught.value)
-    assert "golden conversation 1 (assistant: 'thin and old'): token" in message
-    assert re.search(r"token \d+ is '.+' here and was '.+' in training", message)
+    assert re.search(
+        r"golden conversation 1, message 1 \(user: 'a warm .+'\): token \d+ is \d+ '.+' here and was \d+ '.+' in",
+        message,
+    )
     assert f"package again with `tunewright package {run.path}`" in message
     template.write_text(written.replace("'Assistant:", "'assistant:"))
     with pytest.raises(EndpointError, match="golden conversation 1: the chat template does not render"):

@@ -24,6 +24,7 @@ import json
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any, Literal
 
 from tunewright.errors import DataError, ModelError
@@ -633,11 +634,12 @@ def golden(
         rendering = render(tokenizer, messages, tools)
         rows.append(
             {
-                "messages": [message.to_dict() for message in messages],
+                "messages": [message.to_dict() | ({} if message.weight else {"weight": 0}) for message in messages],
                 **({"tools": list(tools)} if tools else {}),
                 "ids": rendering.ids,
                 "mask": [int(flag) for flag in rendering.mask],
                 "prompt_ids": render_prompt(tokenizer, messages[:-1], tools),
+                "ends": message_ends(tokenizer, messages, tools),
             }
         )
     template: str = tokenizer.chat_template
@@ -649,43 +651,114 @@ def golden(
     }
 
 
-def differences(tokenizer: Any, rendering: dict[str, Any]) -> list[str]:
-    """Where a tokenizer renders the golden conversations otherwise; empty when it renders them all the same.
+def message_ends(tokenizer: Any, messages: Sequence[Message], tools: Sequence[dict[str, Any]] = ()) -> list[int | None]:
+    """How many of the conversation's ids there are up to the end of each message; None where the template writes a
+    message otherwise once others follow it, or not by itself."""
+    whole = render(tokenizer, messages, tools).ids
+    ends: list[int | None] = []
+    for number in range(1, len(messages)):
+        try:
+            ids = render(tokenizer, messages[:number], tools).ids
+        except DataError:  # a system's message alone, say
+            ids = []
+        # The last token may take in the first character of what follows.
+        ends.append(len(ids) if ids and ids[:-1] == whole[: len(ids) - 1] else None)
+    return [*ends, len(whole)]
 
-    Each difference names the conversation and the first token that differs.
+
+def differences(tokenizer: Any, rendering: dict[str, Any], folder: Path | None = None) -> list[str]:
+    """Where a tokenizer renders the golden conversations otherwise; empty when it renders them all the same, by the
+    template of training, and was read from the very files that were packaged.
+
+    Each difference names the conversation, the message and the first token that differs.
+
+    Args:
+        folder: where the tokenizer was read from, if that is the package or a copy of it.
     """
     found = []
     for number, row in enumerate(rendering["golden"], start=1):
+        named = f"golden conversation {number}"
         messages, tools = list(map(Message.from_dict, row["messages"])), row.get("tools", ())
         try:
-            served = {
-                "prompt_ids": render_prompt(tokenizer, messages[:-1], tools),
-                "ids": render(tokenizer, messages, tools).ids,
-            }
+            prompt_ids = render_prompt(tokenizer, messages[:-1], tools)
+            ids = render(tokenizer, messages, tools).ids
         except DataError as error:
-            found.append(f"golden conversation {number}: {error}")
+            found.append(f"{named}: {error}{_first_in_text(tokenizer, row, messages, tools)}")
             continue
-        for key, ids in served.items():
-            if ids == row[key]:
-                continue
-            at = next(
-                (place for place, (one, other) in enumerate(zip(ids, row[key], strict=False)) if one != other),
-                min(len(ids), len(row[key])),
-            )
-            here, there = (
-                tokenizer.decode(each[at : at + 1]) if at < len(each) else "(nothing)" for each in (ids, row[key])
-            )
-            found.append(
-                f"golden conversation {number} ({messages[-1].role}: {messages[-1].content[:40]!r}): token {at + 1} "
-                f"is {here!r} here and was {there!r} in training"
-            )
-            break
+        said = first_difference(tokenizer, row, prompt_ids, row["prompt_ids"])
+        said = said or first_difference(tokenizer, row, ids, row["ids"])
+        if said:
+            found.append(f"{named}, {said}")
     here, there = hashlib.sha256(tokenizer.get_chat_template().encode()).hexdigest(), rendering["template_sha256"]
     if not found and here != there:
         found.append(
             f"the chat template is not the one of training (sha256 {here[:12]} here, {there[:12]} there), though the "
             "golden conversations come out the same"
         )
+    return found or (_changed_files(folder, rendering) if folder is not None else [])
+
+
+def first_difference(tokenizer: Any, row: dict[str, Any], ids: Sequence[int], trained: Sequence[int]) -> str | None:
+    """The first token of a conversation that is not the one of training, and the message that it belongs to; None where
+    all are the same.
+
+    Args:
+        row: the conversation: its `messages`, and their `ends` where they are known.
+    """
+    if list(ids) == list(trained):
+        return None
+    at = next(
+        (place for place, (one, other) in enumerate(zip(ids, trained, strict=False)) if one != other),
+        min(len(ids), len(trained)),
+    )
+    here, there = (
+        f"{each[at]} {tokenizer.decode([each[at]])!r}" if at < len(each) else "(nothing)" for each in (ids, trained)
+    )
+    return f"{_message_at(row, at)}: token {at + 1} is {here} here and was {there} in training"
+
+
+def _message_at(row: dict[str, Any], at: int) -> str:
+    """The message that a token belongs to; several, where it is not known where one ends."""
+    messages = list(map(Message.from_dict, row["messages"]))
+    ends: Sequence[int | None] = row.get("ends") or [None] * len(messages)
+    last = next((place for place, end in enumerate(ends) if end is not None and end > at), len(messages) - 1)
+    first = last
+    while first and ends[first - 1] is None:
+        first -= 1
+    if first < last:
+        return f"messages {first + 1} to {last + 1} ({', '.join(one.role for one in messages[first : last + 1])})"
+    said = messages[last].content or ", ".join(call.name for call in messages[last].tool_calls)
+    return f"message {last + 1} ({messages[last].role}: {said[:40]!r})"
+
+
+def _first_in_text(
+    tokenizer: Any, row: dict[str, Any], messages: Sequence[Message], tools: Sequence[dict[str, Any]]
+) -> str:
+    """Where the text of a conversation that cannot be rendered parts from training, if the template writes any."""
+    try:
+        ids = encode(tokenizer, _text(tokenizer, messages, tools, False))
+    except DataError:
+        return ""
+    trained = row["ids"]
+    if ids[: len(trained)] == trained:
+        return ""
+    return f"; first, in {first_difference(tokenizer, row, ids, trained)}"
+
+
+def _changed_files(folder: Path, rendering: dict[str, Any]) -> list[str]:
+    """The tokenizer's files that are not those of the package, by their sha256: a merge or a token that no golden
+    conversation has need of is told by nothing else."""
+    found = []
+    for name, there in rendering.get("tokenizer_files", {}).items():
+        path = folder / name
+        here = hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else None
+        if here is None:
+            found.append(f"{name}, which the tokenizer was packaged with, is not there")
+        elif here != there:
+            found.append(
+                f"{name} is not the one that was packaged (sha256 {here[:12]} here, {there[:12]} there), though the "
+                "golden conversations come out the same"
+            )
     return found
 
 
@@ -758,7 +831,7 @@ def _written(
             tokenize=False,
             add_generation_prompt=add_generation_prompt,
         )
-    except TemplateError as error:
+    except (TemplateError, TypeError) as error:  # TypeError: it puts text and something else together
         roles = ", ".join(message.role for message in messages)
         raise DataError(f"the chat template refuses this conversation ({roles}): {error}") from None
     return text
@@ -812,7 +885,7 @@ def _text_all(
             plain, tokenize=False, add_generation_prompt=add_generation_prompt
         )
         return texts
-    except (TemplateError, ValueError):  # one of them: which, and what it says
+    except (TemplateError, TypeError, ValueError):  # one of them: which, and what it says
         return [_text_or_error(tokenizer, messages, add_generation_prompt) for messages in conversations]
 
 

@@ -8,11 +8,12 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
-from tunewright import pages
-from tunewright.backends.base import Answers, Backend, Hosts, Serves
-from tunewright.errors import EndpointError, RecipeError, StageError, TunewrightError
+from tunewright import chat, models, pages
+from tunewright.backends.base import Answers, Backend, Hosts, Renders, Serves
+from tunewright.chat import Message
+from tunewright.errors import DataError, EndpointError, RecipeError, StageError, TunewrightError
 from tunewright.recipe import Recipe
-from tunewright.run import Run, now, read_json_lines, write_json
+from tunewright.run import Run, now, read_json, read_json_lines, write_json
 
 SHOWN = 5
 SHORT_TEXT, SHORT_ANSWER = 60, 16
@@ -23,7 +24,8 @@ TIE = 1e-4
 
 
 def deploy(run: Run, backend: Backend) -> dict[str, Any]:
-    """Serve the run's packaged model; gives what deploy/endpoint.json says.
+    """Serve the run's packaged model, and ask the endpoint for the ids of the golden conversations; gives what
+    deploy/endpoint.json says.
 
     Raises:
         RecipeError: the backend does not serve.
@@ -31,10 +33,40 @@ def deploy(run: Run, backend: Backend) -> dict[str, Any]:
     """
     if not isinstance(backend, Serves):
         raise RecipeError(f"backend.kind: {run.recipe().backend.kind} does not serve models; use --until package")
-    run.manifest("package")
+    packaged = run.manifest("package")
     endpoint = backend.deploy(run)
+    compared = packaged.get("rendering", {})
+    if isinstance(backend, Renders) and run.rendering_file.is_file():
+        compared = compared | _compare_ids(run, backend, endpoint, compared.get("hops", []))
+    if compared:
+        endpoint = endpoint | {"rendering": compared}
     write_json(run.manifest_file("deploy"), endpoint | {"at": now()})
     return endpoint
+
+
+def _compare_ids(run: Run, backend: Renders, endpoint: dict[str, Any], hops: Sequence[str]) -> dict[str, Any]:
+    """Have the endpoint render the golden prompts; what endpoint.json says of that. An endpoint that makes other ids
+    than training did is taken down."""
+    tokens, conversations, not_asked = 0, 0, []
+    for number, row in enumerate(read_json(run.rendering_file)["golden"], start=1):
+        messages = [Message.from_dict(one).to_dict() for one in row["messages"][:-1]]
+        try:
+            ids = backend.rendered(run, messages, row.get("tools", []))
+        except DataError as error:  # a row that no client could send: a call without an id, say
+            not_asked.append(f"golden conversation {number}: {error}")
+            continue
+        if ids != row["prompt_ids"]:
+            tokenizer = models.load_folder_tokenizer(run.packaged_model)
+            said = chat.first_difference(tokenizer, row, ids, row["prompt_ids"])
+            assert isinstance(backend, Serves)
+            backend.undeploy(run)
+            raise EndpointError(
+                f"{endpoint['base_url']}: renders otherwise than in training: golden conversation {number}, {said}; it "
+                f"was taken down, package again with `tunewright package {run.path}`"
+            )
+        conversations, tokens = conversations + 1, tokens + len(ids)
+    asked = {"conversations": conversations, "prompt_tokens": tokens, "not_asked": not_asked}
+    return {"endpoint": asked, "hops": [*hops, *(["endpoint"] if conversations else [])]}
 
 
 def test(run: Run, backend: Backend, *, progress: Callable[[int, int], None] | None = None) -> dict[str, Any]:

@@ -6,6 +6,7 @@ Heavy libraries are imported inside functions: describing a model reads its conf
 from __future__ import annotations
 
 import contextlib
+import json
 import logging
 import textwrap
 import warnings
@@ -169,9 +170,19 @@ def load_folder(folder: Path, *, device: str = "cpu") -> Any:
 
 
 def load_folder_tokenizer(folder: Path) -> Any:
+    """Raises:
+    ModelError: its files are damaged.
+    OSError, ValueError: as Transformers has it, where there is none.
+    """
     from transformers import AutoTokenizer
 
-    return AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
+    try:
+        return AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
+    except Exception as error:
+        # The Rust tokenizer has no class of its own for a file that it cannot read.
+        if type(error) is not Exception and not isinstance(error, json.JSONDecodeError):
+            raise
+        raise ModelError(f"{folder}: its tokenizer cannot be read: {error}") from error
 
 
 def grow(model: Any, vocab_size: int) -> None:

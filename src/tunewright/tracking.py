@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import contextlib
 import os
+import tempfile
 import time
 import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from tunewright import chat, models
 from tunewright.errors import UserError
 from tunewright.run import Run, read_json, write_json
 
@@ -228,6 +230,30 @@ def unregister(run: Run, name: str, version: str) -> None:
         except MlflowException as error:
             if error.error_code != ABSENT:
                 raise
+
+
+def rendering_differences(run: Run, uri: str) -> list[str]:
+    """Where the model that is registered under a `models:/` URI renders otherwise than the package: its tokenizer and
+    its golden conversations are fetched from there and compared. Its weights are not fetched.
+
+    Raises:
+        UserError: it cannot be had.
+    """
+    import mlflow
+
+    trained = read_json(run.rendering_file)
+    names = [*trained["tokenizer_files"], "config.json"]  # Transformers reads the kind of model, too
+    with tempfile.TemporaryDirectory() as folder:
+        with _reaching(_uri(run)):
+            _client(_uri(run))
+            mlflow.set_tracking_uri(_uri(run))
+            mlflow.set_registry_uri(_registry(_uri(run)))
+            for name in (*(f"model/{name}" for name in names), run.rendering_file.name):
+                mlflow.artifacts.download_artifacts(f"{uri}/artifacts/{name}", dst_path=folder)
+        there = Path(folder) / "artifacts"
+        if read_json(there / run.rendering_file.name) != trained:
+            return [f"its {run.rendering_file.name} is not the package's"]
+        return chat.differences(models.load_folder_tokenizer(there / "model"), trained, there / "model")
 
 
 def versions_of(run: Run, name: str) -> list[str]:

@@ -318,24 +318,36 @@ def test_a_hop_beyond_its_limit_stops_the_stage(exported: Run, tmp_path: Path, m
     assert not run.manifest_file("package").exists()
 
 
+@pytest.mark.parametrize(
+    ("owner", "step", "hop"),
+    [
+        (formats, "_write_model", "trained -> packaged: package/model"),
+        (gguf_export, "write", "packaged -> gguf-f16: kindness-f16.gguf"),
+    ],
+)
 def test_a_tokenizer_that_renders_otherwise_stops_the_stage(
-    exported: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    exported: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, owner: Any, step: str, hop: str
 ) -> None:
+    """Spoilt as the model is written, or between that and the file."""
     run = copied(exported, tmp_path)
-    write = formats._write_model
+    write = getattr(owner, step)
 
-    def spoiling(run: Run, *given: Any) -> None:
-        write(run, *given)
+    def lose_merges() -> None:
         path = run.packaged_model / "tokenizer.json"
         tokenizer = read_json(path)
         del tokenizer["model"]["merges"][10:]
         path.write_text(json.dumps(tokenizer))
 
-    monkeypatch.setattr(formats, "_write_model", spoiling)
-    with pytest.raises(
-        StageError,
-        match=r"packaged -> gguf-f16: kindness-f16.gguf does not render as in training: golden conv.* token \d+ is",
-    ):
+    def spoiling(*given: Any, **more: Any) -> Any:
+        if step == "write":
+            lose_merges()
+        written = write(*given, **more)
+        if step == "_write_model":
+            lose_merges()
+        return written
+
+    monkeypatch.setattr(owner, step, spoiling)
+    with pytest.raises(StageError, match=rf"{hop} does not render as in training: golden conv.* token \d+ is"):
         formats.package(run, Tracker(run))
     assert not run.manifest_file("package").exists()
 

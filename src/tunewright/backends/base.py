@@ -204,6 +204,20 @@ class Answers(Protocol):
         ...
 
 
+@runtime_checkable
+class Renders(Protocol):
+    """The extra of backends whose endpoints say what ids they give the model."""
+
+    def rendered(self, run: Run, messages: list[dict[str, Any]], tools: list[dict[str, Any]]) -> list[int]:
+        """The ids of a chat request, as the endpoint's own process makes them.
+
+        Raises:
+            DataError: the endpoint takes no such conversation.
+            StageError: it does not answer.
+        """
+        ...
+
+
 def hosts(kind: str) -> bool:
     """Whether the weights of a kind of backend are behind an API, told without its settings."""
     return any(point.name == kind and hasattr(point.load(), "base") for point in _points())

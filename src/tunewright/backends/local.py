@@ -16,6 +16,7 @@ import socket
 import subprocess
 import sys
 import time
+import urllib.error
 import urllib.request
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from tunewright import errors, ranks
 from tunewright.backends.base import Bill, Job, Problem, Removal, Resource, Status
-from tunewright.errors import EndpointError, StageError
+from tunewright.errors import DataError, EndpointError, StageError
 from tunewright.recipe import Recipe, backend_settings
 from tunewright.run import Run, now, read_json, write_json, write_text
 
@@ -33,6 +34,8 @@ CANCEL_S = 60
 """How long a stage has to finish its step and write a checkpoint before it is killed."""
 START_S = 300
 """How long an endpoint has to load its weights."""
+RENDER_S = 60
+"""How long an endpoint has to make ids of a conversation."""
 
 DIRECT = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 """Loopback is never asked through a proxy."""
@@ -198,6 +201,25 @@ class LocalBackend:
     def undeploy(self, run: Run) -> None:
         _stop(_process(run, "deploy"))
         run.job_file("deploy").unlink(missing_ok=True)
+
+    def rendered(self, run: Run, messages: list[dict[str, Any]], tools: list[dict[str, Any]]) -> list[int]:
+        url = f"{read_json(run.job_file('deploy'))['base_url'].removesuffix('/v1')}/tokenize"
+        asked = {"model": run.recipe().endpoint_name, "messages": messages, **({"tools": tools} if tools else {})}
+        headers = {"authorization": f"Bearer {run.test_key_file.read_text().strip()}"}
+        try:
+            with DIRECT.open(
+                urllib.request.Request(url, json.dumps(asked).encode(), headers), timeout=RENDER_S
+            ) as reply:
+                ids: list[int] = json.load(reply)["tokens"]
+        except urllib.error.HTTPError as error:
+            with error:
+                said = error.read().decode(errors="replace")
+            if error.code != http.HTTPStatus.BAD_REQUEST:
+                raise StageError(f"{url}: {error.code}: {said[:500]}; see {run.log_file('deploy')}") from None
+            raise DataError(str(json.loads(said)["error"]["message"])) from None
+        except (OSError, http.client.HTTPException) as error:
+            raise StageError(f"{url} did not answer: {error}; see {run.log_file('deploy')}") from error
+        return ids
 
     def _start(self, stage: str, run: Run, arguments: list[str], **facts: str) -> psutil.Process:
         # Threads that spin while they wait make training several times slower when anything else is busy on the

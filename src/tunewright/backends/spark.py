@@ -81,6 +81,9 @@ class SparkBackend:
     def undeploy(self, run: Run) -> None:
         self.here.undeploy(run)
 
+    def rendered(self, run: Run, messages: list[dict[str, Any]], tools: list[dict[str, Any]]) -> list[int]:
+        return self.here.rendered(run, messages, tools)
+
     def _cannot_train(self, recipe: Recipe) -> list[Problem]:
         problems = []
         processes = self.settings.processes

@@ -12,6 +12,7 @@ import contextlib
 import hashlib
 import json
 import os
+import sys
 from collections import Counter, deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -304,6 +305,26 @@ def render(tokenizer: Any, example: Example) -> chat.Rendering:
     if example.text is not None:
         return chat.render_text(tokenizer, example.text, ends=example.ends)
     return chat.render(tokenizer, example.messages, example.tools)
+
+
+def difference(tokenizer: Any, example: Example, then: Sequence[chat.Rendering], max_length: int) -> str | None:
+    """Where an example that was prepared comes out otherwise now than it was stored; None where it is the same."""
+    try:
+        if example.text is not None:
+            made = pieces(render(tokenizer, example), max_length)
+        else:
+            made = [chat.clip(tokenizer, example, sys.maxsize).rendering]  # what was too long was cut then
+    except DataError as error:
+        return str(error)
+    if made == list(then):
+        return None
+    if example.text is None and example.rejected is None and example.item is None:
+        ends = chat.message_ends(tokenizer, example.messages, example.tools)
+        row = {"messages": [message.to_dict() for message in example.messages], "ends": ends}
+        return chat.first_difference(tokenizer, row, made[0].ids, then[0].ids) or "there is a loss on other tokens"
+    ids, before = ([token for one in each for token in one.ids] for each in (made, then))
+    at = next((place for place, pair in enumerate(zip(ids, before, strict=False)) if pair[0] != pair[1]), None)
+    return f"token {at + 1} is {ids[at]} here and was {before[at]}" if at is not None else "it is longer or shorter"
 
 
 def pieces(whole: chat.Rendering, max_length: int) -> list[chat.Rendering]:

@@ -225,6 +225,19 @@ def _conversation(row: Row, columns: dict[str, str], system: str | None) -> Exam
     return Example(row.where, row.where, messages, tools=tools)
 
 
+def conversation(row: Row, column: str) -> tuple[tuple[Message, ...], tuple[dict[str, Any], ...]]:
+    """The messages of a row that is to be answered and the tools that it declares, read as rows to learn from are.
+
+    Raises:
+        DataError: saying what is wrong with them.
+    """
+    try:
+        tools = _tools(row)
+        return _messages(row, column, tools), tools
+    except Unusable as error:
+        raise DataError(str(error)) from None
+
+
 def _tools(row: Row) -> tuple[dict[str, Any], ...]:
     """The functions that a row declares in the column `tools`: a list as OpenAI has it, or the same as JSON text, since
     a table's column cannot hold schemas of different shapes. `parallel_tool_calls` is not read: no template has it."""

@@ -1,7 +1,7 @@
 """Models behind the OpenAI API, in processes of their own.
 
     load(run)      a packaged model, or a refusal where it would not render as it was trained
-    create_app     the routes: /healthz, /v1/models, /v1/chat/completions, /v1/completions
+    create_app     the routes: /healthz, /v1/models, /v1/chat/completions, /v1/completions, /tokenize
     serve(run)     both of them on a port, until SIGTERM
     engine         a base with many adapters, or a whole model, on a Unix socket for a server
 

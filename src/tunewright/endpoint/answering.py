@@ -117,15 +117,24 @@ def _chat_ask(served: Served, wanted: ChatRequest) -> Ask:
     ask = replace(ask, toolbox=toolbox)
     if served.classifier is not None:
         _refuse_shaping(ask, wanted)
+    ids = prompt(served, wanted)
+    ask = replace(ask, prompt=ids, guide=_guide(served, wanted, toolbox))
+    _check_room(served, len(ids), served.needed(ask), "messages")
+    return ask
+
+
+def prompt(served: Served, wanted: ChatRequest) -> list[int]:
+    """The ids that the model is given for a chat request.
+
+    Raises:
+        ApiError: the chat template refuses it.
+    """
     try:
-        prompt = served.prompt(wanted.conversation, () if wanted.tool_choice == "none" else wanted.tool_dicts)
+        return served.prompt(wanted.conversation, () if wanted.tool_choice == "none" else wanted.tool_dicts)
     except DataError as error:
         param = "tools" if wanted.tools and "`tools`" in str(error) else "messages"
         said = str(error).replace("the row's `tools`", "`tools`")  # it speaks of training data elsewhere
         raise invalid(param, f"Invalid '{param}': {said}.") from None
-    ask = replace(ask, prompt=prompt, guide=_guide(served, wanted, toolbox))
-    _check_room(served, len(prompt), served.needed(ask), "messages")
-    return ask
 
 
 def _text_asks(served: Served, wanted: TextRequest) -> list[Ask]:

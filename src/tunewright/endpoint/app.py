@@ -1,10 +1,11 @@
-"""The routes of one model: health, models and completions, with keys and a quota.
+"""The routes of one model: health, models, completions and their token ids, with keys and a quota.
 
 Every error on every route is in OpenAI's envelope, so that the SDK's error has its class, code and param.
 """
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import hmac
 import os
@@ -85,6 +86,15 @@ def create_app(
         wanted = read_text_request(await request.body())
         _check_model(str(wanted.model), name)
         return await answering.text(request, served, worker, wanted, name=name, admit=admit if metered else None)
+
+    @app.post("/tokenize")
+    async def tokenize(request: Request) -> Response:
+        """The ids that the model is given for a chat request, in vLLM's form."""
+        _authenticate(request, keys)
+        wanted = read_request(await request.body())
+        _check_model(str(wanted.model), name)
+        ids = await asyncio.to_thread(answering.prompt, served, wanted)
+        return JSONResponse({"count": len(ids), "max_model_len": served.completer.context, "tokens": ids})
 
     return app
 

@@ -106,12 +106,13 @@ class Shelf:
 
     @classmethod
     def _whole(cls, folder: Path, source: str, revision: str | None, device: str) -> Shelf:
-        if any((folder / name).is_file() for name in TOKENIZERS):
+        has_tokenizer = any((folder / name).is_file() for name in TOKENIZERS)
+        if has_tokenizer:
             tokenizer = models.load_folder_tokenizer(folder)
         else:  # a checkpoint's
             tokenizer = models.load_tokenizer(models.find(source, revision))
         equipment = chat.equip(tokenizer)
-        trained = _trained(folder, tokenizer)
+        trained = _trained(folder, tokenizer, is_its_own=has_tokenizer)
         try:
             model = models.load_folder(folder, device=device)
         except (OSError, ValueError) as error:
@@ -263,12 +264,12 @@ async def _once(worker: Worker, work: Any) -> None:
             pass
 
 
-def _trained(folder: Path, tokenizer: Any) -> Trained | None:
+def _trained(folder: Path, tokenizer: Any, *, is_its_own: bool = False) -> Trained | None:
     """What training wrote down beside the weights, and the tokenizer keeps to; None beside a checkpoint's."""
     if not (folder / RENDERING).is_file():
         return None
     trained = Trained.read(folder / RENDERING, "the base has changed since; train again, or restore the base")
-    trained.check(tokenizer, str(folder))
+    trained.check(tokenizer, str(folder), folder if is_its_own else None)
     return trained
 
 

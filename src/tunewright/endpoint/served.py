@@ -176,7 +176,7 @@ def load(run: Run) -> Served:
     trained = Trained.read(run.rendering_file, again)
     try:
         tokenizer = models.load_folder_tokenizer(run.packaged_model)
-        trained.check(tokenizer, f"{run.packaged_model}")
+        trained.check(tokenizer, f"{run.packaged_model}", run.packaged_model)
         model = models.load_folder(run.packaged_model, device=device)
     except EndpointError:
         raise
@@ -206,6 +206,7 @@ class Trained:
         try:
             equipment = Equipment(**{field.name: rendering[field.name] for field in fields(Equipment)})
             golden = {key: rendering[key] for key in ("golden", "template_sha256")}
+            golden["tokenizer_files"] = rendering.get("tokenizer_files", {})
             labels: list[str] | None = rendering["labels"]
             if not golden["golden"] and rendering["task"] != "pretraining":
                 raise EndpointError(f"{file}: no golden conversation to compare with; {again}")
@@ -213,11 +214,15 @@ class Trained:
             raise EndpointError(f"{file}: {error} is missing; {again}") from None
         return cls(equipment, golden, labels, int(file.stat().st_mtime), again)
 
-    def check(self, tokenizer: Any, where: str) -> None:
-        """Refuse a tokenizer that would give the model other ids than it was trained on."""
+    def check(self, tokenizer: Any, where: str, folder: Path | None = None) -> None:
+        """Refuse a tokenizer that would give the model other ids than it was trained on.
+
+        Args:
+            folder: where it was read from, if that is the packaged model or a copy of it.
+        """
         if not tokenizer.chat_template:
             raise EndpointError(f"{where}: the tokenizer has no chat template, and training had one; {self.again}")
-        if found := chat.differences(tokenizer, self.golden):
+        if found := chat.differences(tokenizer, self.golden, folder):
             more = f" (and {len(found) - 1} more)" if len(found) > 1 else ""
             raise EndpointError(f"{where}: renders otherwise than in training: {found[0]}{more}; {self.again}")
 

@@ -18,8 +18,11 @@ from pydantic import (
     BeforeValidator,
     ConfigDict,
     Field,
+    ModelWrapValidatorHandler,
+    PrivateAttr,
     ValidationError,
     WithJsonSchema,
+    model_validator,
 )
 from pydantic_core import ErrorDetails, PydanticCustomError
 
@@ -305,6 +308,19 @@ class FunctionIn(Part):
 class ToolIn(Part):
     type: Literal["function"]
     function: FunctionIn
+    _sent: dict[str, Any] = PrivateAttr(default_factory=dict)
+
+    @model_validator(mode="wrap")
+    @classmethod
+    def _keep(cls, value: Any, read: ModelWrapValidatorHandler[ToolIn]) -> ToolIn:
+        tool = read(value)
+        tool._sent = value
+        return tool
+
+    @property
+    def sent(self) -> dict[str, Any]:
+        """As the request has it, its keys in their order: templates write them so, in training too."""
+        return self._sent
 
 
 StopText = Annotated[str, Field(min_length=1)]
@@ -359,8 +375,8 @@ class ChatRequest(Asking):
 
     @property
     def tool_dicts(self) -> tuple[dict[str, Any], ...]:
-        """The tools as templates take them: what the request leaves out is left out."""
-        return tuple(one.model_dump(exclude_unset=True) for one in self.tools)
+        """The tools as templates take them: as they were sent."""
+        return tuple(one.sent for one in self.tools)
 
     @property
     def most(self) -> int | None:

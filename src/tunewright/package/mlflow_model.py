@@ -1,6 +1,7 @@
 """What MLflow runs to answer: `mlflow models predict -m models:/NAME/VERSION --env-manager local ...`.
 
-Input: a table with the column `text` (or `messages`, each a list of chat messages). Output: `prediction`, and for a
+Input: a table with the column `text` (or `messages`, each a list of chat messages, and `tools`: the functions that the
+model may call, as a list or as JSON text). Output: `prediction`, and for a
 classifier its `probability`. The parameter `max_new_tokens` is the longest answer of a model that writes text; unless
 it is given, as long as in evaluation. MLflow copies this file into the model; it is not imported anywhere else.
 """
@@ -15,6 +16,8 @@ import pandas as pd
 
 from tunewright import chat, models
 from tunewright.chat import Equipment, Message
+from tunewright.data import shapes
+from tunewright.data.sources import Row
 from tunewright.errors import DataError
 from tunewright.generate import LocalCompleter
 from tunewright.run import read_json
@@ -25,7 +28,7 @@ class TunedModel(mlflow.pyfunc.PythonModel):
         folder = Path(context.artifacts["model"])
         rendering = read_json(Path(context.artifacts["rendering"]))
         tokenizer = models.load_folder_tokenizer(folder)
-        found = chat.differences(tokenizer, rendering)
+        found = chat.differences(tokenizer, rendering, folder)
         if found:
             raise ValueError(f"this model renders prompts otherwise than in training: {found[0]}")
         equipment = Equipment(**{key: rendering[key] for key in Equipment.__dataclass_fields__})
@@ -57,12 +60,12 @@ class TunedModel(mlflow.pyfunc.PythonModel):
         if self.task == "pretraining" and isinstance(text, str):
             return chat.encode(self.completer.tokenizer, text)
         system = [Message("system", self.system)] if self.system else []
-        asked = (
-            [Message(one["role"], one["content"]) for one in messages]
-            if isinstance(messages, list)
-            else [*system, Message("user", str(text))]
-        )
-        return chat.render_prompt(self.completer.tokenizer, asked)
+        if not isinstance(messages, list):
+            return chat.render_prompt(self.completer.tokenizer, [*system, Message("user", str(text))])
+        tools = row.get("tools")
+        fields = {"messages": messages, "tools": tools if isinstance(tools, str | list) else None}
+        asked, declared = shapes.conversation(Row("the row", fields), "messages")
+        return chat.render_prompt(self.completer.tokenizer, asked, declared)
 
 
 mlflow.models.set_model(TunedModel())

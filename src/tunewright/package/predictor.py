@@ -14,6 +14,7 @@ from typing import Any
 
 from tunewright import chat, models
 from tunewright.chat import Equipment, Message
+from tunewright.data import shapes
 from tunewright.data.sources import Broken, Row, kind
 from tunewright.errors import DataError, RunError
 from tunewright.generate import LocalCompleter
@@ -59,7 +60,7 @@ class Predictor:
             )
         rendering = read_json(package / "rendering.json")
         tokenizer = models.load_folder_tokenizer(package / "model")
-        if found := chat.differences(tokenizer, rendering):
+        if found := chat.differences(tokenizer, rendering, package / "model"):
             raise RunError(f"{package / 'model'}: renders otherwise than in training: {found[0]}; package again")
         equipment = Equipment(**{key: rendering[key] for key in Equipment.__dataclass_fields__})
         model = models.load_folder(package / "model", device=models.best_device())
@@ -136,30 +137,21 @@ class Predictor:
             raise DataError(f"no column {name!r}")
         value = row.fields[name]
         if columns.messages:
-            return chat.render_prompt(tokenizer, self._conversation(value, name))
+            messages, tools = shapes.conversation(row, name)
+            return chat.render_prompt(tokenizer, self._asked(messages, name), tools)
         if not isinstance(value, str) or not value.strip():
             raise DataError(f"column {name!r} holds {'nothing' if value in (None, '') else kind(value)}, not a text")
         if self.task == "pretraining":
             return chat.encode(tokenizer, value)
         return chat.render_prompt(tokenizer, [*self._instructed(), Message("user", value)])
 
-    def _conversation(self, value: Any, name: str) -> list[Message]:
-        if not isinstance(value, list) or not value:
-            raise DataError(f"column {name!r} holds {kind(value)}, not a list of messages")
-        messages = []
-        for one in value:
-            if (
-                not isinstance(one, dict)
-                or not isinstance(one.get("role"), str)
-                or not isinstance(one.get("content"), str)
-            ):
-                raise DataError(f"column {name!r}: each message is an object with `role` and `content`")
-            messages.append(Message(one["role"], one["content"]))
-        if messages[-1].role == "assistant":  # the answer that is known; the model gives its own
-            messages.pop()
-        if not messages:
+    def _asked(self, messages: Sequence[Message], name: str) -> list[Message]:
+        asked = list(messages)
+        if asked and asked[-1].role == "assistant":  # the answer that is known; the model gives its own
+            asked.pop()
+        if not asked:
             raise DataError(f"column {name!r} holds no question")
-        return messages if messages[0].role == "system" else [*self._instructed(), *messages]
+        return asked if asked[0].role == "system" else [*self._instructed(), *asked]
 
     def _instructed(self) -> list[Message]:
         return [Message("system", self.system)] if self.system else []
