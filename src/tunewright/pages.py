@@ -24,6 +24,8 @@ def _later(run: Run) -> dict[str, Any]:
         package = run.manifest("package")
         found["fidelity"] = package.get("fidelity") or {}
         found["rendering"] = package.get("rendering")
+    if run.manifest_file("deploy").is_file() and (asked := run.manifest("deploy").get("rendering")):
+        found["rendering"] = asked
     if run.manifest_file("test").is_file():
         test = run.manifest("test")
         found["served"] = {key: test[key] for key in ("rows", "compared", "equal", "ties", "latency_s") if key in test}
