@@ -11,17 +11,21 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import pytest
+import yaml
 
 from endpoint_fixtures import running
-from tunewright import chat, deploy, models, tracking
+from tunewright import chat, deploy, life, models, tracking, work
+from tunewright import recipe as recipes
 from tunewright.backends.local import DIRECT, LocalBackend
 from tunewright.chat import Message
 from tunewright.data import tokens
 from tunewright.data.sources import Row
 from tunewright.endpoint import create_app, load
 from tunewright.errors import DataError, EndpointError, RunError, StageError
+from tunewright.models import ModelRef
 from tunewright.package import formats
 from tunewright.package.predictor import Columns, Predictor
 from tunewright.run import Run, read_json
@@ -403,3 +407,42 @@ def test_a_copy_that_is_not_the_package_is_found_when_it_is_registered(
     ):
         formats.package(run, tracker)
     assert not run.manifest_file("package").is_file()
+
+
+PAIR = {"prompt": "hello", "chosen": "lovely great", "rejected": "awful"}
+KINDS: dict[str, dict[str, Any]] = {
+    "pretraining": {"text": "lovely great fine superb kind " * 40},
+    "preference": PAIR,
+    "reward": {"prompt": "hello " * 200, "answer": "lovely"},
+    "chat": {"prompt": "hello " * 200, "completion": "lovely"},
+}
+GRADER = {"type": "string_check", "reference": "{{ item.answer }}", "operation": "eq"}
+
+
+@pytest.mark.parametrize("task", KINDS)
+def test_every_kind_of_prepared_row_is_rendered_again(tmp_path: Path, task: str) -> None:
+    """Long texts in pieces, and prompts that were cut to fit."""
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(KINDS[task]) + "\n" for _ in range(6)))
+    given = {
+        "name": "kinds",
+        "model": str(tiny_model(tmp_path / "model")),
+        "task": task,
+        "data": {"train": str(path), "test": str(path), "over_length": "truncate"},
+        "tracking": {"enabled": False},
+    }
+    if task == "reward":
+        given |= {"grader": GRADER}
+    run = life.start(recipes.loads(yaml.safe_dump(given)), tmp_path / "runs", resume=False)
+    life.advance(run, until="check")
+    work.prepare(run)
+    tokenizer = models.load_tokenizer(ModelRef.from_dict(run.resolved()["model"]))
+    chat.equip(tokenizer)
+    assert formats._refuse_another_rendering(run, tokenizer) == 8
+    store = tokens.TokenStore.open(run, "train")
+    assert max(store.lengths) <= run.manifest("prepare")["max_length"]
+    ids = np.load(store.files[0])
+    ids[3] += 1
+    np.save(store.files[0], ids)
+    with pytest.raises(StageError, match=r"prepared -> trained: .*rows.jsonl:1 does not .*token 4 is \d+ .* was \d+"):
+        formats._refuse_another_rendering(run, tokenizer)
