@@ -16,6 +16,8 @@ from tunewright import life
 from tunewright.run import Run
 from tunewright.testing import tiny_data, tiny_model
 
+pytestmark = pytest.mark.slow  # two whole lives, one of them on a cluster: five minutes on two cores
+
 
 @pytest.fixture(scope="module")
 def both(master: str, tmp_path_factory: pytest.TempPathFactory) -> tuple[Run, Run]:
@@ -30,7 +32,6 @@ def both(master: str, tmp_path_factory: pytest.TempPathFactory) -> tuple[Run, Ru
     return here, there
 
 
-@pytest.mark.slow
 def test_the_cluster_trains_the_weights_of_one_process(both: tuple[Run, Run]) -> None:
     here, there = both
     assert there.manifest("train")["steps"] == here.manifest("train")["steps"]
