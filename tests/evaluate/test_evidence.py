@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import random
 import shutil
 import tracemalloc
@@ -33,7 +32,6 @@ from tunewright.run import Run
 from tunewright.testing import tiny_model
 from tunewright.tracking import Tracker
 
-SHARED = Path(os.environ.get("TUNEWRIGHT_SHARED", Path(__file__).parents[3] / "shared"))
 WORDS = {"good": ("lovely", "great", "kind", "sweet"), "bad": ("awful", "poor", "rude", "sour")}
 
 
@@ -179,10 +177,9 @@ def test_a_column_with_one_long_text_takes_no_more_memory_than_it_has() -> None:
 # --- labels that look wrong ---
 
 
-@pytest.mark.skipif(not (SHARED / "data/sentiment-sentences").is_dir(), reason="the real data is not here")
 @pytest.mark.parametrize("seed", [0, 1])
-def test_flipped_labels_of_real_rows_are_recovered(seed: int) -> None:
-    lines = (SHARED / "data/sentiment-sentences/train.jsonl").read_text().splitlines()
+def test_flipped_labels_of_real_rows_are_recovered(shared: Path, seed: int) -> None:
+    lines = (shared / "data/sentiment-sentences/train.jsonl").read_text().splitlines()
     rows = [json.loads(line) for line in lines]
     flipped = set(np.random.default_rng(seed).choice(len(rows), len(rows) // 20, replace=False).tolist())
     other = {"positive": "negative", "negative": "positive"}

@@ -66,15 +66,17 @@ def evaluate(run: Run, tracker: Tracker, ask: Ask | None = None) -> None:
     if labels is not None and any(OTHER in said["prediction"] for said in answers.values()):
         labels = [*labels, OTHER]
     measured = _measure(recipe, test, answers, labels)
-    measured |= _closer(run, recipe, test, answers, labels)
+    measured |= _closer(run, recipe, test, answers, labels, asked.tokenizer)
     _write_predictions(run, recipe, test, answers, labels)
     body = _report(run, recipe, checks, test, answers, labels, measured)
     if recipe.task in ("classification", "chat"):
         run.set_progress("evaluate", 1, 1, "tracing errors")
         train = prepare.some_examples(run, "train", tracing.MOST_ROWS, recipe.evaluate.seed)
-        body["rows_that_matter"] = tracing.trace(
-            run, recipe, train, test, answers["tuned"], checks["labels"], asked.sketch if ask is None else None
-        )
+        sketch = asked.sketch if ask is None else None
+        body["rows_that_matter"] = {
+            "errors": tracing.trace_errors(run, recipe, train, test, answers["tuned"], checks["labels"], sketch),
+            "suspects": tracing.find_suspects(run, recipe, train, checks["labels"]),
+        }
     write_text(run.report_page, report.render_html(body))
     write_text(run.report_text, report.render_markdown(body))
     flat = {
@@ -426,15 +428,13 @@ def _measure(recipe: Recipe, test: Sequence[Example], answers: Answers, labels: 
 
 
 def _closer(
-    run: Run, recipe: Recipe, test: Sequence[Example], answers: Answers, labels: list[str] | None
+    run: Run, recipe: Recipe, test: Sequence[Example], answers: Answers, labels: list[str] | None, tokenizer: Any
 ) -> dict[str, Any]:
     """The comparison that counts on slices of the rows, and without rows that training has seen."""
     wanted = recipe.evaluate.must_beat or "base"
     tuned, other = answers["tuned"], answers[wanted]
     metric, options = recipe.metric, {"resamples": recipe.evaluate.bootstrap, "seed": recipe.evaluate.seed}
     scores = [_per_row(metric, said, test) for said in (tuned, other)]
-    tokenizer = models.load_tokenizer(ModelRef.from_dict(run.resolved()["model"]))
-    chat.equip(tokenizer)
     lengths = [
         len(chat.encode(tokenizer, example.text or "\n".join(message.content for message in example.prompt)))
         for example in test

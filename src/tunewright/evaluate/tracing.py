@@ -32,23 +32,7 @@ Sketch = Callable[[Sequence[Example]], Any]
 Array = np.ndarray[Any, Any]
 
 
-def trace(
-    run: Run,
-    recipe: Recipe,
-    train: Sequence[Example],
-    test: Sequence[Example],
-    tuned: dict[str, Any],
-    labels: Sequence[str] | None,
-    sketch: Sketch | None,
-) -> dict[str, Any]:
-    """Look for both, write them down, and give what the report says of them."""
-    return {
-        "errors": _errors(run, recipe, train, test, tuned, labels, sketch),
-        "suspects": _suspects(run, recipe, train, labels),
-    }
-
-
-def _errors(
+def trace_errors(
     run: Run,
     recipe: Recipe,
     train: Sequence[Example],
@@ -57,8 +41,8 @@ def _errors(
     labels: Sequence[str] | None,
     sketch: Sketch | None,
 ) -> dict[str, Any] | None:
-    """Errors and the training rows that speak most for what was said instead; None where no answer is right or wrong,
-    or nobody asks."""
+    """Look for the training rows that speak most for what was said instead of the right answer, write them down, and
+    give what the report says of them; None where no answer is right or wrong, or nobody asks."""
     wrong = _gravest(test, tuned, labels)
     if wrong is None or not recipe.evaluate.traced_rows:
         return None
@@ -92,9 +76,11 @@ def _errors(
     }
 
 
-def _suspects(
+def find_suspects(
     run: Run, recipe: Recipe, train: Sequence[Example], labels: Sequence[str] | None
 ) -> dict[str, Any] | None:
+    """Look for training rows whose label looks wrong, write them down, and give what the report says of them; None
+    where there are no classes, or too few rows of them."""
     if labels is None:
         return None
     found = suspects.suspects(train, labels, seed=recipe.evaluate.seed)
