@@ -2,21 +2,15 @@
 
 from __future__ import annotations
 
-import os
-import signal
-import subprocess
-import sys
 import tempfile
-import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from tunewright import children
 from tunewright.data import sources
 from tunewright.errors import RunError, StageError, from_name
 from tunewright.run import read_json, write_json
-
-LOOK_S = 0.2
 
 
 def batch(
@@ -94,30 +88,17 @@ def _package(model: Path) -> Path:
 
 def _watch(folder: Path, progress: Callable[[int, int], None]) -> None:
     """Start the child and look on until it is done; Ctrl-C ends it too."""
-    environment = {"OMP_WAIT_POLICY": "PASSIVE"} | dict(os.environ)
+
+    def look() -> None:
+        if (folder / "progress.json").is_file():
+            seen = read_json(folder / "progress.json")
+            progress(seen["done"], seen["total"])
+
     log = folder / "log.txt"
-    with log.open("wb") as said:
-        child = subprocess.Popen(
-            [sys.executable, "-m", "tunewright.work", "batch", str(folder)],
-            stdin=subprocess.DEVNULL,
-            stdout=said,
-            stderr=subprocess.STDOUT,
-            env=environment,
-            start_new_session=True,
-        )
-    try:
-        while child.poll() is None:
-            if (folder / "progress.json").is_file():
-                seen = read_json(folder / "progress.json")
-                progress(seen["done"], seen["total"])
-            time.sleep(LOOK_S)
-    except BaseException:
-        os.killpg(child.pid, signal.SIGTERM)
-        child.wait()
-        raise
+    code = children.work(["batch", str(folder)], log, look)
     if (folder / "failure.json").is_file():
         failure = read_json(folder / "failure.json")
         raise from_name(failure["kind"], failure["message"])
-    if child.returncode or not (folder / "summary.json").is_file():
-        last = (log.read_text(errors="replace").strip().splitlines() or ["it said nothing"])[-1]
-        raise StageError(f"batch ended (exit code {child.returncode}): {last}; the same command again goes on")
+    if code or not (folder / "summary.json").is_file():
+        said = children.last_words(log)
+        raise StageError(f"batch ended (exit code {code}): {said}; the same command again goes on")

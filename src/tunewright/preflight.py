@@ -9,17 +9,13 @@ What is not: whether the rows are right, and whether what is learnt from all of 
 
 from __future__ import annotations
 
-import os
-import signal
-import subprocess
-import sys
 import tempfile
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+from tunewright import children
 from tunewright import run as run_folders
 from tunewright.chat import Example
 from tunewright.errors import StageError, from_name
@@ -36,7 +32,6 @@ ANSWERS = 64
 """Different answers that rows are kept of while they are looked for."""
 LONG_S = 600
 """Training that takes at least so long is begun with a preflight, where the recipe leaves it open."""
-LOOK_S = 0.1
 
 
 class Failure(NamedTuple):
@@ -188,29 +183,14 @@ def apart(recipe: Recipe, resolved: dict[str, Any], rows: Sequence[Example], pro
 
 
 def _watch(run: Run, progress: Progress) -> None:
+    def look() -> None:
+        if (seen := run.progress("preflight")) is not None:
+            progress(seen["done"], seen["total"], seen["note"])
+
     log = run.path / "preflight.log"
-    environment = {"OMP_WAIT_POLICY": "PASSIVE"} | dict(os.environ)
-    with log.open("wb") as said:
-        child = subprocess.Popen(
-            [sys.executable, "-m", "tunewright.work", "preflight", str(run.path)],
-            stdin=subprocess.DEVNULL,
-            stdout=said,
-            stderr=subprocess.STDOUT,
-            env=environment,
-            start_new_session=True,
-        )
-    try:
-        while child.poll() is None:
-            if (seen := run.progress("preflight")) is not None:
-                progress(seen["done"], seen["total"], seen["note"])
-            time.sleep(LOOK_S)
-    except BaseException:
-        os.killpg(child.pid, signal.SIGTERM)
-        child.wait()
-        raise
+    code = children.work(["preflight", str(run.path)], log, look)
     if run.failure_file("preflight").is_file():
         failure = read_json(run.failure_file("preflight"))
         raise from_name(failure["kind"], failure["message"])
-    if child.returncode or not run.preflight_file.is_file():
-        last = (log.read_text(errors="replace").strip().splitlines() or ["it said nothing"])[-1]
-        raise StageError(f"the preflight ended (exit code {child.returncode}): {last}")
+    if code or not run.preflight_file.is_file():
+        raise StageError(f"the preflight ended (exit code {code}): {children.last_words(log)}")
