@@ -27,7 +27,8 @@ from tunewright import recipe as recipes
 from tunewright.chat import Example, Message
 from tunewright.data import prepare
 from tunewright.errors import DataError, RunError
-from tunewright.evaluate import compare, influence, measure, report, slices, suspects
+from tunewright.evaluate import compare, influence, measure, metrics, report, slices, suspects
+from tunewright.evaluate import earlier as earlier_runs
 from tunewright.run import Run
 from tunewright.testing import tiny_model
 from tunewright.tracking import Tracker
@@ -421,22 +422,22 @@ def test_an_earlier_runs_rows_are_known_by_what_they_say(given_run: tuple[Path, 
     earlier = Run.open(given_run[1])
     recipe, test = earlier.recipe(), prepare.examples(earlier, "test")
     labels = ["bad", "good"]
-    there = measure._of_earlier(earlier, recipe, test, labels)
+    there = earlier_runs.answers(earlier, recipe, test, labels)
     elsewhere = [replace(one, id=f"../{one.id}", source=f"../{one.source}") for one in test]
-    assert measure._of_earlier(earlier, recipe, elsewhere, labels)["prediction"] == there["prediction"]
+    assert earlier_runs.answers(earlier, recipe, elsewhere, labels)["prediction"] == there["prediction"]
     edited = [replace(test[0], messages=(Message("user", "other words"), test[0].messages[-1])), *test[1:]]
     with pytest.raises(DataError, match="other rows"):
-        measure._of_earlier(earlier, recipe, edited, labels)
+        earlier_runs.answers(earlier, recipe, edited, labels)
 
 
 def test_an_earlier_runs_probabilities_and_classes_are_put_in_our_order(given_run: tuple[Path, Path]) -> None:
     earlier = Run.open(given_run[1])
     recipe, test = earlier.recipe(), prepare.examples(earlier, "test")
-    there = measure._of_earlier(earlier, recipe, test, ["bad", "good"])
-    turned = measure._of_earlier(earlier, recipe, test, ["good", "bad"])
+    there = earlier_runs.answers(earlier, recipe, test, ["bad", "good"])
+    turned = earlier_runs.answers(earlier, recipe, test, ["good", "bad"])
     assert turned["probabilities"] == pytest.approx(there["probabilities"][:, ::-1])
-    without = measure._of_earlier(earlier, recipe, test, ["good", "awful"])
-    assert set(without["prediction"]) <= {"good", measure.OTHER}
+    without = earlier_runs.answers(earlier, recipe, test, ["good", "awful"])
+    assert set(without["prediction"]) <= {"good", metrics.OTHER}
     assert "probabilities" not in without
 
 
@@ -447,16 +448,16 @@ def test_an_earlier_run_of_another_task_or_that_diverged(given_run: tuple[Path, 
     frame = pd.read_parquet(earlier.predictions_file)
     frame["loss_sum"], frame["tokens"] = math.nan, 3
     frame.to_parquet(earlier.predictions_file)
-    said = measure._of_earlier(earlier, recipe, test, ["bad", "good"])
+    said = earlier_runs.answers(earlier, recipe, test, ["bad", "good"])
     assert [count for _, count in said["losses"]] == [3] * len(test)
     by_loss = recipe.model_copy(update={"evaluate": recipe.evaluate.model_copy(update={"metric": "loss"})})
     same, other = ({"losses": [(1.0, count)] * len(test)} for count in (3, 4))
-    assert measure._comparable(said, same, by_loss, earlier) == said
-    assert "losses" not in measure._comparable(said, other, recipe, earlier)
+    assert earlier_runs.comparable(said, same, by_loss, earlier) == said
+    assert "losses" not in earlier_runs.comparable(said, other, recipe, earlier)
     with pytest.raises(DataError, match="another tokenizer"):
-        measure._comparable(said, other, by_loss, earlier)
+        earlier_runs.comparable(said, other, by_loss, earlier)
     with pytest.raises(DataError, match="has task: classification"):
-        measure._of_earlier(earlier, recipe.model_copy(update={"task": "chat"}), test, None)
+        earlier_runs.answers(earlier, recipe.model_copy(update={"task": "chat"}), test, None)
 
 
 def test_a_run_that_an_earlier_version_checked_is_evaluated(given_run: tuple[Path, Path], tmp_path: Path) -> None:

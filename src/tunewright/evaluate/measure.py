@@ -17,7 +17,7 @@ from tunewright.data import prepare
 from tunewright.data.inspection import LEAKS
 from tunewright.data.tokens import TokenStore
 from tunewright.errors import DataError
-from tunewright.evaluate import baselines, compare, influence, metrics, report, slices, tracing
+from tunewright.evaluate import baselines, compare, earlier, influence, metrics, report, slices, tracing
 from tunewright.generate import LocalCompleter
 from tunewright.graders import Answer
 from tunewright.models import ModelRef
@@ -32,16 +32,12 @@ INTERVALS = {
     "preference": ("reward_margin", "preference_accuracy", "reward_accuracy", "loss"),
     "reward": ("reward",),
 }
-MEANS = ("exact_match", "rouge_l", "reward_margin", "preference_accuracy", "reward_accuracy", "reward")
-"""Metrics that are means over the rows."""
 NUM_EXAMPLES = 12
 MOST_FINDINGS = 100
 TOKEN_BINS = 30
 """Bars of a picture of lengths."""
 PER_ROW = ("prompt_tokens", "chosen_logp", "rejected_logp", "chosen_tokens", "rejected_tokens")
 """What else is written for each row."""
-OTHER = "(none of the classes)"
-"""The class of an answer that names none: where a model writes what it likes, and is not held to the labels."""
 Answers = dict[str, dict[str, Any]]
 """Model -> what it answered, column by column (one value for each row)."""
 Progress = Callable[[int, int], None]
@@ -63,8 +59,8 @@ def evaluate(run: Run, tracker: Tracker, ask: Ask | None = None) -> None:
     labels: list[str] | None = checks["labels"]
     asked = Asked(run)
     answers = _answers(run, recipe, test, labels, ask or asked)
-    if labels is not None and any(OTHER in said["prediction"] for said in answers.values()):
-        labels = [*labels, OTHER]
+    if labels is not None and any(metrics.OTHER in said["prediction"] for said in answers.values()):
+        labels = [*labels, metrics.OTHER]
     measured = _measure(recipe, test, answers, labels)
     measured |= _closer(run, recipe, test, answers, labels, asked.tokenizer)
     _write_predictions(run, recipe, test, answers, labels)
@@ -151,8 +147,8 @@ class Asked:
 
 
 def _answers(run: Run, recipe: Recipe, test: Sequence[Example], labels: list[str] | None, ask: Ask) -> Answers:
-    earlier = Run.open(recipe.evaluate.against) if recipe.evaluate.against is not None else None
-    before = _of_earlier(earlier, recipe, test, labels) if earlier is not None else {}  # or refused, before any asking
+    against = Run.open(recipe.evaluate.against) if recipe.evaluate.against is not None else None
+    before = earlier.answers(against, recipe, test, labels) if against is not None else {}  # refused before any asking
     train = prepare.examples(run, "train") if recipe.task == "classification" or "few-shot" in recipe.baselines else []
     asked = ["tuned", "base", *(["few-shot"] if "few-shot" in recipe.baselines else [])]
     answers: Answers = {}
@@ -165,8 +161,8 @@ def _answers(run: Run, recipe: Recipe, test: Sequence[Example], labels: list[str
         answers[name] = ask("tuned" if name == "tuned" else "base", rows, progress)
     if recipe.task == "preference":
         _compare_with_base(answers, recipe.train.dpo.beta)
-    if earlier is not None:
-        answers[f"run {earlier.id}"] = _comparable(before, answers["tuned"], recipe, earlier)
+    if against is not None:
+        answers[f"run {against.id}"] = earlier.comparable(before, answers["tuned"], recipe, against)
     if labels is not None:
         if "tfidf" in recipe.baselines:
             predicted, probabilities = baselines.tfidf(train, test, labels, recipe.evaluate.seed)
@@ -174,63 +170,6 @@ def _answers(run: Run, recipe: Recipe, test: Sequence[Example], labels: list[str
         if "majority" in recipe.baselines:
             answers["majority"] = {"prediction": baselines.majority(train, test)}
     return answers
-
-
-def _of_earlier(earlier: Run, recipe: Recipe, test: Sequence[Example], labels: list[str] | None) -> dict[str, Any]:
-    """What the tuned model of an earlier run answered to these rows.
-
-    Raises:
-        DataError: it was tested on other rows, or has another task.
-    """
-    import pandas as pd
-
-    if (task := earlier.recipe().task) != recipe.task:
-        raise DataError(f"evaluate.against: {earlier.path} has task: {task}, and this run has {recipe.task}")
-    frame = pd.read_parquet(earlier.predictions_file)
-    frame = frame[frame.model == "tuned"]
-    always = frame.columns.isin(["loss_sum", *MEANS])  # of a model that diverged no number is left
-    frame = frame.loc[:, frame.notna().any() | always].set_index("id")
-    known = {_question(example): example.id for example in prepare.examples(earlier, "test")}
-    ids = [known.get(_question(example)) for example in test]
-    if not frame.index.is_unique or not all(one in frame.index for one in ids):
-        raise DataError(
-            f"evaluate.against: {earlier.path} was tested on other rows than these; name a run with the same test set, "
-            "or leave it out"
-        )
-    frame = frame.loc[ids]
-    said: dict[str, Any] = {key: frame[key].tolist() for key in frame if key not in ("model", "label", "rejected")}
-    if labels is not None:
-        theirs: list[str] = earlier.manifest("prepare")["labels"]
-        rows = said.pop("probabilities", None)
-        if rows is not None and len(rows[0]) == len(theirs) and set(theirs) == set(labels):
-            said["probabilities"] = np.array([list(row) for row in rows])[:, [theirs.index(one) for one in labels]]
-        said["prediction"] = [one if one in labels else OTHER for one in said["prediction"]]
-    if "loss_sum" in said:
-        said["losses"] = list(zip(said.pop("loss_sum"), map(int, said.pop("tokens")), strict=True))
-    return said
-
-
-def _question(example: Example) -> str:
-    """What a test row asks and expects, wherever it stands and whatever the system message."""
-    asked = tuple(one for one in example.messages if one.role not in ("system", "developer"))
-    return replace(example, messages=asked).sha256()
-
-
-def _comparable(before: dict[str, Any], tuned: dict[str, Any], recipe: Recipe, earlier: Run) -> dict[str, Any]:
-    """An earlier run's answers, without losses that are of other tokens.
-
-    Raises:
-        DataError: the verdict is about the loss, and theirs is of other tokens.
-    """
-    counts = [[count for _, count in said.get("losses", ())] for said in (before, tuned)]
-    if counts[0] == counts[1]:
-        return before
-    if recipe.metric == "loss":
-        raise DataError(
-            f"evaluate.against: {earlier.path} has another tokenizer or template, so its loss a token cannot be "
-            "compared; leave it out, or choose another evaluate.metric"
-        )
-    return {key: values for key, values in before.items() if key != "losses"}
 
 
 def _ask(
@@ -398,7 +337,7 @@ def _measure(recipe: Recipe, test: Sequence[Example], answers: Answers, labels: 
         elif recipe.task == "pretraining":
             values = metrics.text(said["losses"], sum(len(str(example.text).encode()) for example in test))
         else:
-            values = {key: float(np.mean(said[key])) for key in MEANS if key in said}
+            values = {key: float(np.mean(said[key])) for key in metrics.MEANS if key in said}
             values |= {key: float(np.mean(said[key])) for key in said if key.startswith("reward.")}
             if "losses" in said:
                 values |= metrics.text(said["losses"])
@@ -581,7 +520,7 @@ def _write_predictions(
             columns["loss_sum"] = [loss for loss, _ in said["losses"]]
             columns["tokens"] = [count for _, count in said["losses"]]
         for key in said:
-            if key in (*PER_ROW, *MEANS) or key.startswith("reward."):
+            if key in (*PER_ROW, *metrics.MEANS) or key.startswith("reward."):
                 columns[key] = said[key]
         if recipe.task == "preference":
             columns["rejected"] = [example.rejected for example in test]

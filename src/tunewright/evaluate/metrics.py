@@ -10,6 +10,10 @@ import numpy as np
 
 from tunewright import graders
 
+MEANS = ("exact_match", "rouge_l", "reward_margin", "preference_accuracy", "reward_accuracy", "reward")
+"""Metrics that are means over the rows."""
+OTHER = "(none of the classes)"
+"""The class of an answer that names none: where a model writes what it likes, and is not held to the labels."""
 BINS = 10
 """Equal-width bins of confidence for calibration."""
 

@@ -16,7 +16,8 @@ from tunewright import chat, graders, models
 from tunewright.chat import Example
 from tunewright.errors import UserError
 from tunewright.evaluate import metrics
-from tunewright.evaluate.measure import OTHER, Progress
+from tunewright.evaluate.measure import Progress
+from tunewright.evaluate.metrics import OTHER
 from tunewright.graders import Answer
 from tunewright.hosted import calls
 from tunewright.hosted.places import Place
